@@ -1,0 +1,62 @@
+"""Sharpness-aware training as pure functions.
+
+A transform acts on gradient functions, a chain is their composition, and the place of a transform in the chain is its
+meaning:
+
+    tx = fs.chain(fs.sam(rho=0.05), fs.sgd(lr=0.1, momentum=0.9))
+    grads_fn = fs.grad_and_value(loss_fn)
+    state = tx.init(params)
+    params, state, loss = tx.step(params, grads_fn, state, *batch)
+"""
+
+from funcsam.decay import DecayState, add_decayed_weights
+from funcsam.family.sam import asam, sam, sam_update
+from funcsam.gradients import grad_and_value
+from funcsam.moments import AdamState, TraceState, scale_by_adam, trace
+from funcsam.optimizers import adam, adamw, sgd
+from funcsam.scaling import (
+    ScaleState,
+    clip_by_global_norm,
+    normalize,
+    scale,
+    scale_by_learning_rate,
+    scale_by_magnitude,
+)
+from funcsam.schedules import constant, cosine, step_decay, warmup_cosine
+from funcsam.sharpness import SharpnessAwareState, sharpness_aware
+from funcsam.transform import Transform, apply_updates, chain, identity, lift
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdamState",
+    "DecayState",
+    "ScaleState",
+    "SharpnessAwareState",
+    "TraceState",
+    "Transform",
+    "adam",
+    "adamw",
+    "add_decayed_weights",
+    "apply_updates",
+    "asam",
+    "chain",
+    "clip_by_global_norm",
+    "constant",
+    "cosine",
+    "grad_and_value",
+    "identity",
+    "lift",
+    "normalize",
+    "sam",
+    "sam_update",
+    "scale",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+    "scale_by_magnitude",
+    "sgd",
+    "sharpness_aware",
+    "step_decay",
+    "trace",
+    "warmup_cosine",
+]

@@ -1,0 +1,126 @@
+"""Early, readable errors: every message has the form *where*: `what` must *condition*, got *value* [at *path*].
+
+Numbers are checked when they are Python numbers. A tensor may be batched or traced, so only its shape is looked at;
+a schedule is only known once it is called.
+"""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+Tree = Any
+
+
+def _at(path: str) -> str:
+    return f" at {path}" if path else ""
+
+
+def paths(tree: Tree) -> list[str]:
+    """Lists the path of every leaf as Python code, e.g. `['layers'][0]`."""
+    return [accessor.codify("") for accessor in optree.tree_accessors(tree)]
+
+
+def _number(where: str, name: str, value: Any, path: str, condition: str, holds: Callable[[Any], bool]) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim or value.is_complex() or value.dtype is torch.bool:
+            got = f"{value.dtype} of shape {tuple(value.shape)}"
+            raise ValueError(f"{where}: `{name}` must be a real tensor of shape (), got {got}{_at(path)}.")
+    elif isinstance(value, bool) or not (isinstance(value, Real) or callable(value)):
+        kind = f"{type(value).__name__}{_at(path)}"
+        raise TypeError(f"{where}: `{name}` must be a number, a tensor of shape () or a schedule, got {kind}.")
+    elif isinstance(value, Real) and not (math.isfinite(value) and holds(value)):
+        raise ValueError(f"{where}: `{name}` must be {condition}, got {value}{_at(path)}.")
+
+
+def _numbers(where: str, condition: str, holds: Callable[[Any], bool], named: dict[str, Tree]) -> None:
+    for name, tree in named.items():
+        if tree is None:
+            raise TypeError(f"{where}: `{name}` must be a number, a tensor of shape () or a schedule, got None.")
+        for path, value in zip(paths(tree), optree.tree_leaves(tree), strict=True):
+            _number(where, name, value, path, condition, holds)
+
+
+def finite(where: str, **named: Tree) -> None:
+    """Raises unless every number is finite."""
+    _numbers(where, "finite", lambda _: True, named)
+
+
+def nonnegative(where: str, **named: Tree) -> None:
+    """Raises unless every number is finite and at least zero."""
+    _numbers(where, "finite and non-negative", lambda x: x >= 0, named)
+
+
+def positive(where: str, **named: Tree) -> None:
+    """Raises unless every number is finite and greater than zero."""
+    _numbers(where, "finite and positive", lambda x: x > 0, named)
+
+
+def fraction(where: str, **named: Tree) -> None:
+    """Raises unless every number is at least 0 and less than 1."""
+    _numbers(where, "in [0, 1)", lambda x: 0 <= x < 1, named)
+
+
+def count(where: str, **named: int) -> None:
+    """Raises unless every value is a positive whole number."""
+    for name, value in named.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{where}: `{name}` must be a whole number, got {type(value).__name__}.")
+        if value < 1:
+            raise ValueError(f"{where}: `{name}` must be at least 1, got {value}.")
+
+
+def function(where: str, **named: Any) -> None:
+    """Raises unless every value can be called."""
+    for name, value in named.items():
+        if not callable(value):
+            raise TypeError(f"{where}: `{name}` must be a function, got {type(value).__name__}.")
+
+
+def params(where: str, tree: Tree) -> None:
+    """Raises unless every leaf is a floating-point or complex tensor."""
+    for accessor, leaf in zip(
+        optree.tree_accessors(tree, none_is_leaf=True), optree.tree_leaves(tree, none_is_leaf=True), strict=True
+    ):
+        if not isinstance(leaf, Tensor):
+            path = accessor.codify("")
+            raise TypeError(f"{where}: `params` must hold tensors only, got {type(leaf).__name__}{_at(path)}.")
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            path = accessor.codify("")
+            raise TypeError(
+                f"{where}: `params` must hold floating-point or complex tensors, got {leaf.dtype}{_at(path)}. "
+                "Pass what is not trained through the batch."
+            )
+
+
+def structure(where: str, what: str, tree: Tree, like: Tree, like_what: str = "params") -> None:
+    """Raises unless `tree` has the structure of `like`; names the first leaf that differs."""
+    if optree.tree_structure(tree) == optree.tree_structure(like):
+        return
+    got, wanted = paths(tree), paths(like)
+    must = f"{where}: `{what}` must have the structure of `{like_what}`"
+    for path in wanted:
+        if path not in got:
+            raise ValueError(f"{must}, got no leaf{_at(path)}.")
+    for path in got:
+        if path not in wanted:
+            raise ValueError(f"{must}, got a leaf too many{_at(path)}.")
+    raise ValueError(f"{must}, got {optree.tree_structure(tree)} for {optree.tree_structure(like)}.")
+
+
+def same(where: str, what: str, tree: Tree, like: Tree, like_what: str = "params") -> None:
+    """Raises unless `tree` has the structure of `like` and its leaves have the shapes of its leaves."""
+    structure(where, what, tree, like, like_what)
+    ours, theirs = optree.tree_leaves(tree), optree.tree_leaves(like)
+    if all(isinstance(x, Tensor) and x.shape == y.shape for x, y in zip(ours, theirs, strict=True)):
+        return
+    for path, x, y in zip(paths(like), ours, theirs, strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{where}: `{what}` must hold tensors only, got {type(x).__name__}{_at(path)}.")
+        if x.shape != y.shape:
+            got = f"{tuple(x.shape)} for {tuple(y.shape)}"
+            raise ValueError(f"{where}: `{what}` must have the shapes of `{like_what}`, got {got}{_at(path)}.")

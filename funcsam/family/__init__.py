@@ -1,0 +1,1 @@
+"""The sharpness-aware family: one member, one file."""

@@ -1,0 +1,122 @@
+"""Transforms that remember gradients: momentum and Adam's moments."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from funcsam import checks, schedules, tree
+from funcsam.schedules import ScalarOrSchedule
+from funcsam.transform import State, Transform, lift, saveable
+
+
+@saveable
+class TraceState(NamedTuple):
+    """State of `trace`.
+
+    Attributes:
+        step: Number of updates so far, int64 of shape ().
+        trace: Decayed sum of past gradients. Structure and shapes of the params.
+    """
+
+    step: Tensor
+    trace: Any
+
+
+def trace(decay: ScalarOrSchedule = 0.9, *, dampening: ScalarOrSchedule = 0.0, nesterov: bool = False) -> Transform:
+    """Replaces the gradient by a decayed sum of all gradients so far (momentum).
+
+    `m = decay m + (1 - dampening) g`, where the first gradient enters undamped, as in torch.optim.SGD; `u = m`, or
+    `u = g + decay m` with `nesterov`.
+
+    Args:
+        decay: Momentum, in [0, 1). A number, a tensor of shape () or a schedule.
+        dampening: In [0, 1), likewise.
+        nesterov: Whether to look ahead.
+
+    Raises:
+        ValueError: If `decay` or `dampening` is out of range, or dampening is set beside `nesterov`.
+
+    References:
+        Sutskever et al., 2013, equations 3 and 4, with the learning rate outside the sum.
+    """
+    checks.fraction("trace", decay=decay, dampening=dampening)
+    damped = not isinstance(dampening, float | int) or dampening != 0
+    if nesterov and damped:
+        raise ValueError(f"trace: `dampening` must be 0 with `nesterov`, got {dampening}.")
+
+    def init(params: Any) -> TraceState:
+        return TraceState(tree.counter(params), tree.zeros_like(params))
+
+    def update(grads: Any, state: TraceState, params: Any) -> tuple[Any, State]:
+        checks.same("trace", "state", state.trace, params)
+        factor = schedules.at(decay, state.step)
+        fresh = grads
+        if damped:
+            keep = 1 - schedules.at(dampening, state.step)
+            fresh = tree.where(state.step == 0, grads, tree.scale(keep, grads))
+        total = tree.add_scaled(fresh, factor, state.trace)
+        updates = tree.add_scaled(grads, factor, total) if nesterov else total
+        return updates, TraceState(state.step + 1, total)
+
+    return lift(init, update)
+
+
+@saveable
+class AdamState(NamedTuple):
+    """State of `scale_by_adam`.
+
+    Attributes:
+        step: Number of updates so far, int64 of shape ().
+        mean: Moving average of the gradients. Structure and shapes of the params.
+        square: Moving average of their squares, likewise.
+        largest: With `amsgrad` the largest `square` so far, likewise; otherwise `()`.
+    """
+
+    step: Tensor
+    mean: Any
+    square: Any
+    largest: Any
+
+
+def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, amsgrad: bool = False) -> Transform:
+    """Divides the mean gradient by the root of the mean squared gradient, both with bias correction.
+
+    `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`, `u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)`.
+    Complex leaves are treated as pairs of reals, as in torch.optim.
+
+    Args:
+        b1: Decay of the mean, in [0, 1). A number, a tensor of shape () or a schedule.
+        b2: Decay of the mean square, likewise.
+        eps: Added to the root. A non-negative number, a tensor of shape () or a schedule.
+        amsgrad: Whether to divide by the largest mean square so far.
+
+    Raises:
+        ValueError: If `b1`, `b2` or `eps` is out of range.
+
+    References:
+        Kingma and Ba, 2015, algorithm 1; Reddi et al., 2018, algorithm 2 (AMSGrad).
+    """
+    checks.fraction("scale_by_adam", b1=b1, b2=b2)
+    checks.nonnegative("scale_by_adam", eps=eps)
+
+    def init(params: Any) -> AdamState:
+        zeros = tree.zeros_like(params)
+        return AdamState(
+            tree.counter(params), zeros, tree.zeros_like(params), tree.zeros_like(params) if amsgrad else ()
+        )
+
+    def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, State]:
+        checks.same("scale_by_adam", "state", state.mean, params)
+        count = (state.step + 1).to(tree.real_dtype(params))
+        decay, decay_square, floor = (schedules.at(value, state.step) for value in (b1, b2, eps))
+        g, m, v, largest = (tree.real_views(each) for each in (grads, state.mean, state.square, state.largest))
+        m = tree.lerp(m, g, 1 - decay)
+        v = tree.lerp(v, tree.multiply(g, g), 1 - decay_square)
+        largest = tree.maximum(largest, v) if amsgrad else largest
+        root = tree.sqrt(tree.scale(1 / (1 - decay_square**count), largest if amsgrad else v))
+        updates = tree.divide(tree.scale(1 / (1 - decay**count), m), tree.shift(root, floor))
+        keep = [tree.like_views(each, params) for each in (m, v)]
+        state = AdamState(state.step + 1, *keep, tree.like_views(largest, params) if amsgrad else ())
+        return tree.like_views(updates, params), state
+
+    return lift(init, update)

@@ -1,0 +1,100 @@
+"""The sharpness-aware step: an ascent chain and a combination."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from funcsam import checks, tree
+from funcsam.transform import Aux, GradsFn, State, Transform, saveable
+
+P = TypeVar("P")
+Combine = Callable[[Any, Any], Any]
+When = Callable[[Tensor], Tensor | bool]
+
+
+@saveable
+class SharpnessAwareState(NamedTuple):
+    """State of `sharpness_aware` and of the family built on it.
+
+    Attributes:
+        step: Number of updates so far, int64 of shape ().
+        ascent: State of the ascent chain.
+    """
+
+    step: Tensor
+    ascent: State
+
+
+def _shifted(grads_fn: GradsFn, offset: Any) -> GradsFn:
+    return lambda params, *batch: grads_fn(tree.add(params, offset), *batch)
+
+
+def sharpness_aware(
+    ascent: Transform, combine: Combine | None = None, when: When | None = None, steps: int = 1
+) -> Transform:
+    """Climbs from the params, asks for a second gradient there, and combines the two.
+
+    `e = ascent(g)`, `g+ = grads_fn(w + e)`, `u = combine(g, g+)`.
+
+    Args:
+        ascent: A transform (usually a chain) from gradient to perturbation `e`, which is *added* to the params.
+        combine: `combine(grads, probe) -> updates`, from the gradients at `w` and at `w + e`. `None` takes the probe,
+            as SAM does, and keeps no gradient alive beside it.
+        when: `when(step)` is true on the steps that probe, a bool or a boolean tensor of shape (); on the others the
+            update is the plain gradient. `None` probes always. In plain eager code a step without a probe costs one
+            gradient; under `vmap` and `torch.compile` both are computed and one is chosen.
+        steps: Number of ascents, each of `1/steps` the length: their sum stays inside any convex neighbourhood without
+            a projection. `steps + 1` gradient evaluations.
+
+    Returns:
+        A `Transform` whose `aux` and upstream states are those of the evaluation at the params.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If `steps` is less than 1.
+
+    References:
+        Foret et al., 2021 (SAM), algorithm 1; appendix C.6 for several steps.
+    """
+    if not isinstance(ascent, Transform):
+        raise TypeError(f"sharpness_aware: `ascent` must be a Transform, got {type(ascent).__name__}.")
+    checks.function("sharpness_aware", **{k: v for k, v in (("combine", combine), ("when", when)) if v is not None})
+    checks.count("sharpness_aware", steps=steps)
+    keeps_grads = combine is not None or when is not None
+
+    def init(params: Any) -> SharpnessAwareState:
+        return SharpnessAwareState(tree.counter(params), ascent.init(params))
+
+    def at_params(grads_fn: GradsFn) -> GradsFn:
+        """Lets the plain gradient travel in aux, next to what is kept."""
+
+        def evaluate(params: P, *batch: Any) -> tuple[P, Aux]:
+            grads, aux = grads_fn(params, *batch)
+            return grads, (grads if keeps_grads else (), aux)
+
+        return evaluate
+
+    def perturbed(params: P, grads_fn: GradsFn, state: State, batch: tuple[Any, ...], offset: P) -> P:
+        """Adds the ascent to the params, after the remaining ascents."""
+        if steps > 1:
+            offset = tree.scale(1 / steps, offset)
+        for _ in range(steps - 1):
+            more, _, _ = ascent._update(params, _shifted(grads_fn, offset), state, *batch)
+            offset = tree.add_scaled(offset, 1 / steps, more)
+        return tree.add(params, offset)
+
+    def update(params: P, grads_fn: GradsFn, state: SharpnessAwareState, *batch: Any) -> tuple[P, State, Aux]:
+        offset, ascent_state, (grads, aux) = ascent._update(params, at_params(grads_fn), state.ascent, *batch)
+        new_state = SharpnessAwareState(state.step + 1, ascent_state)
+        pick = True if when is None else when(state.step)
+        known = isinstance(pick, bool) or tree.eager()
+        if known and not pick:
+            return grads, new_state, aux
+        point = perturbed(params, grads_fn, state.ascent, batch, offset)
+        del offset  # memory peaks in the backward pass that follows
+        probe, _ = grads_fn(point, *batch)
+        updates = probe if combine is None else combine(grads, probe)
+        return updates if known else tree.where(pick, updates, grads), new_state, aux
+
+    return Transform(init, update)

@@ -1,0 +1,1 @@
+"""Training comparisons on real data: what the `funcsam` command runs."""

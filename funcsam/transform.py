@@ -1,0 +1,206 @@
+"""The algebra: transforms act on gradient functions, and a chain is their composition.
+
+    grads_fn(params, *batch) -> (grads, aux)                       what `torch.func.grad_and_value` returns
+    update(params, grads_fn, state, *batch) -> (updates, state, aux)
+
+What happens at the params is kept; probes leave no trace: `aux` and the states of all upstream transforms are those of
+the first evaluation a transform asks for.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import optree
+import torch
+from torch import Tensor
+
+from funcsam import checks, tree
+
+P = TypeVar("P")
+State = Any
+Aux = Any
+GradsFn = Callable[..., Any]
+"""`grads_fn(params, *batch) -> (grads, aux)`, or a bare `grads_fn(params, *batch) -> grads`."""
+Init = Callable[[Any], State]
+Update = Callable[..., tuple[Any, State, Aux]]
+PlainUpdate = Callable[[Any, State, Any], tuple[Any, State]]
+
+C = TypeVar("C", bound=type)
+
+
+def saveable(cls: C) -> C:
+    """Lets `torch.load(weights_only=True)` read states that hold this NamedTuple."""
+    torch.serialization.add_safe_globals([cls])
+    return cls
+
+
+class _Checked:
+    """A user's grads_fn, whose answers are checked and brought to the form `(grads, aux)`."""
+
+    def __init__(self, grads_fn: GradsFn) -> None:
+        checks.function("update", grads_fn=grads_fn)
+        self.grads_fn = grads_fn
+
+    def __call__(self, params: P, *batch: Any) -> tuple[P, Aux]:
+        answer = self.grads_fn(params, *batch)
+        spec = optree.tree_structure(params)
+        aux: Aux
+        if optree.tree_structure(answer) == spec:  # a pair (P, A) can never have the structure P
+            grads, aux = answer, ()
+        elif isinstance(answer, tuple) and len(answer) == 2:
+            grads, aux = answer
+        else:
+            raise TypeError(
+                "update: `grads_fn` must return `(grads, aux)`, or `grads` with the structure of `params`, "
+                f"got {type(answer).__name__} {optree.tree_structure(answer)}."
+            )
+        checks.same("update", "grads", grads, params)
+        return optree.tree_map(_dense, grads), aux
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad if grad.layout is torch.strided else grad.to_dense()
+
+
+class Transform:
+    """A pair of pure functions that turns the gradients of a function into updates.
+
+    Args:
+        init: `init(params) -> state`, a pytree of tensors whose structure depends on the params alone.
+        update: `update(params, grads_fn, state, *batch) -> (updates, state, aux)`. Updates have the structure of the
+            params and are *added* to them.
+    """
+
+    def __init__(self, init: Init, update: Update) -> None:
+        checks.function("Transform", init=init, update=update)
+        self._init = init
+        self._update = update
+        self._parts: tuple[Transform, ...] = (self,)
+
+    def init(self, params: Any) -> State:
+        """Returns the state before the first step.
+
+        Raises:
+            TypeError: If a leaf is not a floating-point or complex tensor.
+        """
+        checks.params("init", params)
+        return self._init(params)
+
+    def update(self, params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+        """Returns `(updates, state, aux)`; `aux` is what `grads_fn` gave at the params, `()` for a bare gradient.
+
+        Params that require grad are taken as values: no graph outlives the step. To differentiate through it, use
+        `torch.func.grad`.
+
+        Args:
+            params: A pytree of tensors.
+            grads_fn: `grads_fn(params, *batch)` returns `(grads, aux)` or `grads`.
+            state: What `init` or the last `update` returned.
+            *batch: Passed on to `grads_fn`.
+
+        Raises:
+            TypeError: If `grads_fn` is not a function, or returns something else.
+            ValueError: If gradients or state do not fit the params.
+        """
+        checked = grads_fn if isinstance(grads_fn, _Checked) else _Checked(grads_fn)
+        return self._update(tree.detached(params), checked, state, *batch)
+
+    def step(self, params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+        """Updates and applies the updates; returns `(params, state, aux)`."""
+        updates, state, aux = self.update(params, grads_fn, state, *batch)
+        return apply_updates(params, updates), state, aux
+
+
+def apply_updates(params: P, updates: P) -> P:
+    """Returns `params + updates` in the dtypes of the params.
+
+    Raises:
+        ValueError: If the updates do not have the structure and the shapes of the params.
+
+    >>> apply_updates({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([-1.0, 1.0])})
+    {'w': tensor([0., 3.])}
+    """
+    checks.same("apply_updates", "updates", updates, params)
+    return tree.add(tree.detached(params), updates)
+
+
+def lift(init: Init, update: PlainUpdate) -> Transform:
+    """Makes a `Transform` of a plain gradient transformation, the way optax users write it.
+
+    Args:
+        init: `init(params) -> state`.
+        update: `update(grads, state, params) -> (updates, state)`.
+
+    >>> halve = lift(lambda params: (), lambda grads, state, params: (tree.scale(0.5, grads), state))
+    >>> halve.update(torch.tensor(3.0), torch.func.grad(lambda w: w * w), ())
+    (tensor(3.), (), ())
+    """
+    checks.function("lift", init=init, update=update)
+
+    def lifted(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+        grads, aux = grads_fn(params, *batch)
+        updates, state = update(grads, state, params)
+        return updates, state, aux
+
+    return Transform(init, lifted)
+
+
+def _behind(part: Transform, state: State, grads_fn: GradsFn) -> GradsFn:
+    """What a downstream transform sees as its grads_fn; the new states travel inside aux."""
+
+    def upstream(params: P, *batch: Any) -> tuple[P, tuple[tuple[State, ...], Aux]]:
+        updates, new, (states, aux) = part._update(params, grads_fn, state, *batch)
+        return updates, ((*states, new), aux)
+
+    return upstream
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Composes transforms: gradients flow in at the left, updates come out at the right.
+
+    What a transform sees as its `grads_fn` is whatever the ones to its left make of the gradients, at the params and at
+    every probe. Chains are flat and associative, `chain(t)` is `t`, and `chain()` is `identity()`, the unit.
+
+    Returns:
+        A `Transform` whose state is a tuple of the states of its parts.
+
+    Raises:
+        TypeError: If an argument is not a `Transform`.
+    """
+    for position, transform in enumerate(transforms):
+        if not isinstance(transform, Transform):
+            raise TypeError(
+                f"chain: `transforms` must be Transforms, got {type(transform).__name__} at position {position}."
+            )
+    parts = tuple(part for transform in transforms for part in transform._parts)
+    if len(parts) == 1:
+        return parts[0]
+
+    def init(params: Any) -> State:
+        return tuple(part._init(params) for part in parts)
+
+    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+        if not isinstance(state, tuple) or len(state) != len(parts):
+            got = f"{len(state)} states" if isinstance(state, tuple) else type(state).__name__
+            raise ValueError(
+                f"chain: `state` must be a tuple of {len(parts)} states, one per transform, got {got}. "
+                "Make it with `init`."
+            )
+
+        def composed(params: P, *batch: Any) -> tuple[P, tuple[tuple[State, ...], Aux]]:
+            grads, aux = grads_fn(params, *batch)
+            return grads, ((), aux)
+
+        for part, part_state in zip(parts, state, strict=True):
+            composed = _behind(part, part_state, composed)
+        updates, (states, aux) = composed(params, *batch)
+        return updates, states, aux
+
+    composition = Transform(init, update)
+    composition._parts = parts
+    return composition
+
+
+def identity() -> Transform:
+    """Passes gradients on unchanged: the unit of `chain`."""
+    return chain()

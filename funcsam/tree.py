@@ -1,0 +1,264 @@
+"""Arithmetic on pytrees of tensors: the only place that knows about foreach kernels and dtypes.
+
+Every function returns new trees, keeps each leaf's dtype, device and layout, and works under `vmap`, `torch.func.grad`
+and `torch.compile`. Where neither a `torch.func` level nor the compiler is active, the fused `torch._foreach` kernels
+do the work (they have no `vmap` rule); otherwise one operation per leaf does.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import optree
+import torch
+from torch import Tensor
+
+from funcsam import checks
+
+P = TypeVar("P")
+Tree = Any
+Scalar = float | Tensor
+Mask = Any
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def eager() -> bool:
+    """Tells whether plain eager code runs: no `torch.func` level is active and nothing is being compiled."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _differentiating() -> bool:
+    # Under the compiler the levels cannot be seen, but there a tensor that `torch.func.grad` tracks does not say so.
+    if torch.compiler.is_compiling():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = torch._C._functorch.TransformType
+    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels)
+
+
+def detached(params: P) -> P:
+    """Takes params that require grad as values, unless `torch.func` is differentiating: a step grows no graph."""
+    leaves, spec = optree.tree_flatten(params)
+    if _differentiating() or not any(leaf.requires_grad for leaf in leaves):
+        return params
+    return optree.tree_unflatten(spec, [leaf.detach() for leaf in leaves])
+
+
+def _leaves(tree: Tree, like: optree.PyTreeSpec) -> list[Tensor]:
+    leaves, spec = optree.tree_flatten(tree)
+    if spec != like:
+        checks.structure("tree", "tree", tree, optree.tree_unflatten(like, range(like.num_leaves)), "the first tree")
+    return leaves
+
+
+def _cast(leaves: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    return [x if x.dtype is y.dtype else x.to(y.dtype) for x, y in zip(leaves, like, strict=True)]
+
+
+def _each(fast: Callable[..., Any] | None, slow: Callable[..., Tensor], x: P, *rest: Tree) -> P:
+    """Applies one foreach kernel, or the operation on each leaf, and casts back to the dtypes of `x`."""
+    xs, spec = optree.tree_flatten(x)
+    others = [_leaves(tree, spec) for tree in rest]
+    if xs and fast is not None and eager():
+        out = fast(xs, *others)
+    else:
+        out = [slow(*leaves) for leaves in zip(xs, *others, strict=True)]
+    return optree.tree_unflatten(spec, _cast(out, xs))
+
+
+def map(fn: Callable[..., Tensor], x: P, *rest: Tree) -> P:
+    """Applies `fn` leaf by leaf and casts back to the dtypes of `x`."""
+    return _each(None, fn, x, *rest)
+
+
+def zeros_like(x: P) -> P:
+    """Returns zeros in the structure, shapes and dtypes of `x`."""
+    return optree.tree_map(torch.zeros_like, x)
+
+
+def counter(params: Tree) -> Tensor:
+    """Returns a step count of zero, int64 of shape (), on the device of the first leaf."""
+    leaves = optree.tree_leaves(params)
+    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
+
+
+def add(x: P, y: P) -> P:
+    """Returns `x + y`."""
+    return _each(torch._foreach_add, operator.add, x, y)
+
+
+def multiply(x: P, y: P) -> P:
+    """Returns the elementwise product."""
+    return _each(torch._foreach_mul, operator.mul, x, y)
+
+
+def divide(x: P, y: P) -> P:
+    """Returns the elementwise quotient."""
+    return _each(torch._foreach_div, operator.truediv, x, y)
+
+
+def maximum(x: P, y: P) -> P:
+    """Returns the elementwise maximum."""
+    return _each(torch._foreach_maximum, torch.maximum, x, y)
+
+
+def sqrt(x: P) -> P:
+    """Returns the elementwise root; its derivative at zero is taken as zero."""
+    return _each(torch._foreach_sqrt, _sqrt, x)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, x)))
+
+
+def shift(x: P, number: Scalar) -> P:
+    """Returns `x + number`."""
+    if isinstance(number, Tensor):
+        return map(lambda a: a + _on(number, a), x)
+    return _each(lambda xs: torch._foreach_add(xs, number), lambda a: a + number, x)
+
+
+def lerp(x: P, y: P, weight: Scalar) -> P:
+    """Returns `x + weight (y - x)`."""
+    if isinstance(weight, Tensor):
+        return map(lambda a, b: a + _on(weight, a) * (b - a), x, y)
+    return _each(lambda xs, ys: torch._foreach_lerp(xs, ys, weight), lambda a, b: torch.lerp(a, b, weight), x, y)
+
+
+def real_views(x: P) -> P:
+    """Views complex leaves as pairs of reals."""
+    return optree.tree_map(lambda a: torch.view_as_real(a) if a.is_complex() else a, x)
+
+
+def like_views(x: P, like: Tree) -> P:
+    """Undoes `real_views`, given a tree of the original dtypes."""
+    return optree.tree_map(lambda a, b: torch.view_as_complex(a) if b.is_complex() else a, x, like)
+
+
+def _scaled(x: Tensor, factor: Scalar) -> Tensor:
+    if x.dtype in _HALF:  # a float32 factor such as 1/||g|| may lie outside the range of float16
+        return (x.float() * _on(factor, x)).to(x.dtype)
+    return (x * _on(factor, x)).to(x.dtype)
+
+
+def _on(factor: Scalar, x: Tensor) -> Scalar:
+    return factor.to(x.device) if isinstance(factor, Tensor) and factor.device != x.device else factor
+
+
+def _uniform(factor: Scalar, leaves: Sequence[Tensor]) -> bool:
+    """Tells whether one foreach kernel may multiply the leaves by the factor."""
+    dtype, device = leaves[0].dtype, leaves[0].device
+    fits = not isinstance(factor, Tensor) or (factor.dtype is dtype and factor.device == device)
+    return fits and all(x.dtype is dtype and x.device == device for x in leaves) and dtype not in _HALF
+
+
+def scale(factor: Tree, x: P) -> P:
+    """Returns `factor * x`; the factor is a number, a tensor of shape () or a prefix tree of them."""
+    xs, spec = optree.tree_flatten(x)
+    if isinstance(factor, float | int | Tensor):
+        if xs and eager() and _uniform(factor, xs):
+            return optree.tree_unflatten(spec, torch._foreach_mul(xs, factor))
+        factors = [factor] * len(xs)
+    else:
+        factors = broadcast(factor, x)
+    return optree.tree_unflatten(spec, [_scaled(a, s) for a, s in zip(xs, factors, strict=True)])
+
+
+def add_scaled(x: P, factor: Scalar, y: P, mask: Mask = None) -> P:
+    """Returns `x + factor * y`, and `x` itself where the mask is False."""
+    xs, spec = optree.tree_flatten(x)
+    ys = _leaves(y, spec)
+    chosen = masks(mask, y)
+    if xs and eager() and all(chosen) and isinstance(factor, float | int):
+        return optree.tree_unflatten(spec, _cast(torch._foreach_add(xs, ys, alpha=factor), xs))
+    out = [a + _scaled(b, factor) if on else a for a, b, on in zip(xs, ys, chosen, strict=True)]
+    return optree.tree_unflatten(spec, _cast(out, xs))
+
+
+def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:
+    """Returns `(|w| + eta) x` in the dtypes of `x`, and `x` itself where the mask is False."""
+    xs, spec = optree.tree_flatten(x)
+    ws = _leaves(w, spec)
+    if xs and eager() and mask is None and isinstance(eta, float | int):
+        sizes = torch._foreach_abs(ws)
+        if eta:
+            sizes = torch._foreach_add(sizes, eta)
+        return optree.tree_unflatten(spec, _cast(torch._foreach_mul(xs, sizes), xs))
+    etas = [eta] * len(xs) if isinstance(eta, float | int | Tensor) else broadcast(eta, x)
+    out = [
+        a * (b.abs() + _on(shift, b)) if on else a for a, b, shift, on in zip(xs, ws, etas, masks(mask, w), strict=True)
+    ]
+    return optree.tree_unflatten(spec, _cast(out, xs))
+
+
+def where(condition: Tensor, x: P, y: P) -> P:
+    """Chooses whole trees by a boolean of shape ()."""
+    return map(lambda a, b: torch.where(condition, a, b), x, y)
+
+
+def norm(x: Tree) -> Tensor:
+    """Returns the global 2-norm, shape (), in float32 at least and `abs`-based for complex leaves.
+
+    In float32, entries below about 1e-19 or above about 1e19 are out of range: their squares are.
+    """
+    leaves = [leaf for leaf in optree.tree_leaves(x) if leaf.numel()]
+    if not leaves:
+        return torch.zeros((), device=next((leaf.device for leaf in optree.tree_leaves(x)), None))
+    if eager() and not any(leaf.dtype in _HALF for leaf in leaves):
+        norms = list(torch._foreach_norm(leaves))
+    else:
+        norms = [_norm(leaf) for leaf in leaves]
+    if len(norms) == 1:
+        return norms[0]
+    dtype = norms[0].dtype
+    for each in norms:
+        dtype = torch.promote_types(dtype, each.dtype)
+    return torch.linalg.vector_norm(torch.stack([each.to(norms[0].device, dtype) for each in norms]))
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float32 if x.dtype in _HALF else None)
+
+
+def reciprocal(x: Tensor) -> Tensor:
+    """Returns `1 / x` with `1 / 0 = 0`; NaN and infinity both give NaN, so that neither passes for a small factor."""
+    zero = x == 0
+    return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, x)) + (x - x)
+
+
+def real_dtype(x: Tree) -> torch.dtype:
+    """Returns the widest real dtype among the leaves, float32 at least: scalars are computed in it."""
+    dtype = torch.float32
+    for leaf in optree.tree_leaves(x):
+        dtype = torch.promote_types(dtype, (leaf.real if leaf.is_complex() else leaf).dtype)
+    return dtype
+
+
+def broadcast(prefix: Tree, x: Tree) -> list[Any]:
+    """Spreads a prefix tree over the leaves of `x`."""
+    try:
+        return optree.broadcast_prefix(prefix, x)
+    except ValueError as error:
+        raise ValueError(f"tree: a prefix tree must match the structure of `params`, got {prefix!r}: {error}") from None
+
+
+def masks(mask: Mask, x: Tree) -> list[bool]:
+    """Spreads a mask over the leaves of `x`; True means that the transform applies.
+
+    Args:
+        mask: `None` (every leaf), a prefix tree of booleans, or a function of path and leaf, where the path is a tuple
+            of keys and indices such as `("layers", 0, "bias")`.
+    """
+    if mask is None:
+        return [True] * len(optree.tree_leaves(x))
+    if callable(mask):
+        named, leaves, _ = optree.tree_flatten_with_path(x)
+        chosen = [mask(path, leaf) for path, leaf in zip(named, leaves, strict=True)]
+    else:
+        chosen = broadcast(mask, x)
+    for on, path in zip(chosen, checks.paths(x), strict=True):
+        if not isinstance(on, bool):
+            raise TypeError(f"tree: a `mask` must hold booleans, got {type(on).__name__} at {path}.")
+    return chosen
