@@ -114,10 +114,11 @@ def structure(where: str, what: str, tree: Tree, like: Tree, like_what: str = "p
 
 def same(where: str, what: str, tree: Tree, like: Tree, like_what: str = "params") -> None:
     """Raises unless `tree` has the structure of `like` and its leaves have the shapes of its leaves."""
-    structure(where, what, tree, like, like_what)
-    ours, theirs = optree.tree_leaves(tree), optree.tree_leaves(like)
-    if all(isinstance(x, Tensor) and x.shape == y.shape for x, y in zip(ours, theirs, strict=True)):
+    ours, spec = optree.tree_flatten(tree)
+    theirs, wanted = optree.tree_flatten(like)
+    if spec == wanted and all(isinstance(x, Tensor) and x.shape == y.shape for x, y in zip(ours, theirs, strict=True)):
         return
+    structure(where, what, tree, like, like_what)
     for path, x, y in zip(paths(like), ours, theirs, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{where}: `{what}` must hold tensors only, got {type(x).__name__}{_at(path)}.")

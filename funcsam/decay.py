@@ -35,7 +35,8 @@ def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: tree.Mask = 
         ValueError: If `weight_decay` is negative or not finite.
 
     >>> import torch
-    >>> add_decayed_weights(0.5).update(torch.tensor(4.0), torch.func.grad(lambda w: 3 * w), DecayState(torch.tensor(0)))
+    >>> tx, w = add_decayed_weights(0.5), torch.tensor(4.0)
+    >>> tx.update(w, torch.func.grad(lambda w: 3 * w), tx.init(w))
     (tensor(5.), DecayState(step=tensor(1)), ())
     """
     checks.nonnegative("add_decayed_weights", weight_decay=weight_decay)

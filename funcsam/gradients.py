@@ -65,7 +65,7 @@ def grad_and_value(
 
 
 def _func(loss_fn: Callable[..., tuple[Tensor, Any]], params: P, batch: tuple[Any, ...]) -> tuple[P, Tensor, Any]:
-    if not optree.tree_leaves(params):
+    if not tree.flatten(params)[0]:
         return params, *loss_fn(params, *batch)
     grads, (loss, aux) = torch.func.grad_and_value(loss_fn, has_aux=True)(params, *batch)
     return grads, loss, aux
@@ -77,13 +77,13 @@ def _autograd(loss_fn: Callable[..., tuple[Tensor, Any]], params: P, batch: tupl
             'grad_and_value: the "autograd" backend does not work under `torch.func` transforms. '
             'Set `backend` to "auto" or "func".'
         )
-    leaves, spec = optree.tree_flatten(params)
+    leaves, spec = tree.flatten(params)
     with torch.enable_grad():
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        loss, aux = loss_fn(optree.tree_unflatten(spec, leaves), *batch)
+        loss, aux = loss_fn(tree.unflatten(spec, leaves, params), *batch)
         if loss.requires_grad and leaves:
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
     aux = optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux)
-    return optree.tree_unflatten(spec, [grad.detach() for grad in grads]), loss.detach(), aux
+    return tree.unflatten(spec, grads, params), loss.detach(), aux

@@ -78,7 +78,9 @@ class AdamState(NamedTuple):
     largest: Any
 
 
-def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, amsgrad: bool = False) -> Transform:
+def scale_by_adam(
+    b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.999, eps: ScalarOrSchedule = 1e-8, *, amsgrad: bool = False
+) -> Transform:
     """Divides the mean gradient by the root of the mean squared gradient, both with bias correction.
 
     `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`, `u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)`.
@@ -100,23 +102,21 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, amsg
     checks.nonnegative("scale_by_adam", eps=eps)
 
     def init(params: Any) -> AdamState:
-        zeros = tree.zeros_like(params)
-        return AdamState(
-            tree.counter(params), zeros, tree.zeros_like(params), tree.zeros_like(params) if amsgrad else ()
-        )
+        mean, square = tree.zeros_like(params), tree.zeros_like(params)
+        return AdamState(tree.counter(params), mean, square, tree.zeros_like(params) if amsgrad else ())
 
     def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, State]:
         checks.same("scale_by_adam", "state", state.mean, params)
         count = (state.step + 1).to(tree.real_dtype(params))
         decay, decay_square, floor = (schedules.at(value, state.step) for value in (b1, b2, eps))
-        g, m, v, largest = (tree.real_views(each) for each in (grads, state.mean, state.square, state.largest))
+        g, m, v = (tree.real_views(each) for each in (grads, state.mean, state.square))
         m = tree.lerp(m, g, 1 - decay)
         v = tree.lerp(v, tree.multiply(g, g), 1 - decay_square)
-        largest = tree.maximum(largest, v) if amsgrad else largest
-        root = tree.sqrt(tree.scale(1 / (1 - decay_square**count), largest if amsgrad else v))
+        bound = tree.maximum(tree.real_views(state.largest), v) if amsgrad else v
+        root = tree.sqrt(tree.scale(1 / (1 - decay_square**count), bound))
         updates = tree.divide(tree.scale(1 / (1 - decay**count), m), tree.shift(root, floor))
-        keep = [tree.like_views(each, params) for each in (m, v)]
-        state = AdamState(state.step + 1, *keep, tree.like_views(largest, params) if amsgrad else ())
-        return tree.like_views(updates, params), state
+        largest = tree.like_views(bound, params) if amsgrad else ()
+        kept = AdamState(state.step + 1, tree.like_views(m, params), tree.like_views(v, params), largest)
+        return tree.like_views(updates, params), kept
 
     return lift(init, update)

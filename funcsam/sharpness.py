@@ -88,13 +88,15 @@ def sharpness_aware(
         offset, ascent_state, (grads, aux) = ascent._update(params, at_params(grads_fn), state.ascent, *batch)
         new_state = SharpnessAwareState(state.step + 1, ascent_state)
         pick = True if when is None else when(state.step)
-        known = isinstance(pick, bool) or tree.eager()
+        known = not isinstance(pick, Tensor) or tree.eager()
         if known and not pick:
             return grads, new_state, aux
         point = perturbed(params, grads_fn, state.ascent, batch, offset)
         del offset  # memory peaks in the backward pass that follows
         probe, _ = grads_fn(point, *batch)
         updates = probe if combine is None else combine(grads, probe)
-        return updates if known else tree.where(pick, updates, grads), new_state, aux
+        if isinstance(pick, Tensor) and not known:
+            updates = tree.where(pick, updates, grads)
+        return updates, new_state, aux
 
     return Transform(init, update)

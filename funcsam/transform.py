@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import optree
 import torch
-from torch import Tensor
 
 from funcsam import checks, tree
 
@@ -43,7 +42,7 @@ class _Checked:
 
     def __call__(self, params: P, *batch: Any) -> tuple[P, Aux]:
         answer = self.grads_fn(params, *batch)
-        spec = optree.tree_structure(params)
+        _, spec = tree.flatten(params)
         aux: Aux
         if optree.tree_structure(answer) == spec:  # a pair (P, A) can never have the structure P
             grads, aux = answer, ()
@@ -55,11 +54,14 @@ class _Checked:
                 f"got {type(answer).__name__} {optree.tree_structure(answer)}."
             )
         checks.same("update", "grads", grads, params)
-        return optree.tree_map(_dense, grads), aux
+        return _dense(grads), aux
 
 
-def _dense(grad: Tensor) -> Tensor:
-    return grad if grad.layout is torch.strided else grad.to_dense()
+def _dense(grads: P) -> P:
+    leaves, spec = tree.flatten(grads)
+    if all(grad.layout is torch.strided for grad in leaves):
+        return grads
+    return tree.unflatten(spec, [grad if grad.layout is torch.strided else grad.to_dense() for grad in leaves], grads)
 
 
 class Transform:

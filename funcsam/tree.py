@@ -6,7 +6,7 @@ do the work (they have no `vmap` rule); otherwise one operation per leaf does.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import optree
@@ -20,7 +20,20 @@ Tree = Any
 Scalar = float | Tensor
 Mask = Any
 
+vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 _HALF = (torch.float16, torch.bfloat16)
+
+
+def flatten(x: Any) -> tuple[list[Tensor], optree.PyTreeSpec]:
+    """Returns the leaves and the structure."""
+    leaves, spec = optree.tree_flatten(x)
+    return leaves, spec
+
+
+def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any], like: P) -> P:
+    """Puts leaves into a structure, which is that of `like`; type checkers learn its type from there."""
+    tree: P = optree.tree_unflatten(spec, leaves)  # type: ignore[assignment]
+    return tree
 
 
 def eager() -> bool:
@@ -39,14 +52,14 @@ def _differentiating() -> bool:
 
 def detached(params: P) -> P:
     """Takes params that require grad as values, unless `torch.func` is differentiating: a step grows no graph."""
-    leaves, spec = optree.tree_flatten(params)
+    leaves, spec = flatten(params)
     if _differentiating() or not any(leaf.requires_grad for leaf in leaves):
         return params
-    return optree.tree_unflatten(spec, [leaf.detach() for leaf in leaves])
+    return unflatten(spec, [leaf.detach() for leaf in leaves], params)
 
 
 def _leaves(tree: Tree, like: optree.PyTreeSpec) -> list[Tensor]:
-    leaves, spec = optree.tree_flatten(tree)
+    leaves, spec = flatten(tree)
     if spec != like:
         checks.structure("tree", "tree", tree, optree.tree_unflatten(like, range(like.num_leaves)), "the first tree")
     return leaves
@@ -58,13 +71,13 @@ def _cast(leaves: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 
 def _each(fast: Callable[..., Any] | None, slow: Callable[..., Tensor], x: P, *rest: Tree) -> P:
     """Applies one foreach kernel, or the operation on each leaf, and casts back to the dtypes of `x`."""
-    xs, spec = optree.tree_flatten(x)
+    xs, spec = flatten(x)
     others = [_leaves(tree, spec) for tree in rest]
     if xs and fast is not None and eager():
         out = fast(xs, *others)
     else:
         out = [slow(*leaves) for leaves in zip(xs, *others, strict=True)]
-    return optree.tree_unflatten(spec, _cast(out, xs))
+    return unflatten(spec, _cast(out, xs), x)
 
 
 def map(fn: Callable[..., Tensor], x: P, *rest: Tree) -> P:
@@ -74,7 +87,8 @@ def map(fn: Callable[..., Tensor], x: P, *rest: Tree) -> P:
 
 def zeros_like(x: P) -> P:
     """Returns zeros in the structure, shapes and dtypes of `x`."""
-    return optree.tree_map(torch.zeros_like, x)
+    xs, spec = flatten(x)
+    return unflatten(spec, [torch.zeros_like(a) for a in xs], x)
 
 
 def counter(params: Tree) -> Tensor:
@@ -129,12 +143,17 @@ def lerp(x: P, y: P, weight: Scalar) -> P:
 
 def real_views(x: P) -> P:
     """Views complex leaves as pairs of reals."""
-    return optree.tree_map(lambda a: torch.view_as_real(a) if a.is_complex() else a, x)
+    xs, spec = flatten(x)
+    return unflatten(spec, [torch.view_as_real(a) if a.is_complex() else a for a in xs], x)
 
 
 def like_views(x: P, like: Tree) -> P:
     """Undoes `real_views`, given a tree of the original dtypes."""
-    return optree.tree_map(lambda a, b: torch.view_as_complex(a) if b.is_complex() else a, x, like)
+    xs, spec = flatten(x)
+    likes = _leaves(like, spec)
+    return unflatten(
+        spec, [torch.view_as_complex(a) if b.is_complex() else a for a, b in zip(xs, likes, strict=True)], x
+    )
 
 
 def _scaled(x: Tensor, factor: Scalar) -> Tensor:
@@ -156,41 +175,41 @@ def _uniform(factor: Scalar, leaves: Sequence[Tensor]) -> bool:
 
 def scale(factor: Tree, x: P) -> P:
     """Returns `factor * x`; the factor is a number, a tensor of shape () or a prefix tree of them."""
-    xs, spec = optree.tree_flatten(x)
+    xs, spec = flatten(x)
     if isinstance(factor, float | int | Tensor):
         if xs and eager() and _uniform(factor, xs):
-            return optree.tree_unflatten(spec, torch._foreach_mul(xs, factor))
+            return unflatten(spec, torch._foreach_mul(xs, factor), x)
         factors = [factor] * len(xs)
     else:
         factors = broadcast(factor, x)
-    return optree.tree_unflatten(spec, [_scaled(a, s) for a, s in zip(xs, factors, strict=True)])
+    return unflatten(spec, [_scaled(a, s) for a, s in zip(xs, factors, strict=True)], x)
 
 
 def add_scaled(x: P, factor: Scalar, y: P, mask: Mask = None) -> P:
     """Returns `x + factor * y`, and `x` itself where the mask is False."""
-    xs, spec = optree.tree_flatten(x)
+    xs, spec = flatten(x)
     ys = _leaves(y, spec)
     chosen = masks(mask, y)
     if xs and eager() and all(chosen) and isinstance(factor, float | int):
-        return optree.tree_unflatten(spec, _cast(torch._foreach_add(xs, ys, alpha=factor), xs))
+        return unflatten(spec, _cast(torch._foreach_add(xs, ys, alpha=factor), xs), x)
     out = [a + _scaled(b, factor) if on else a for a, b, on in zip(xs, ys, chosen, strict=True)]
-    return optree.tree_unflatten(spec, _cast(out, xs))
+    return unflatten(spec, _cast(out, xs), x)
 
 
 def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:
     """Returns `(|w| + eta) x` in the dtypes of `x`, and `x` itself where the mask is False."""
-    xs, spec = optree.tree_flatten(x)
+    xs, spec = flatten(x)
     ws = _leaves(w, spec)
     if xs and eager() and mask is None and isinstance(eta, float | int):
         sizes = torch._foreach_abs(ws)
         if eta:
             sizes = torch._foreach_add(sizes, eta)
-        return optree.tree_unflatten(spec, _cast(torch._foreach_mul(xs, sizes), xs))
+        return unflatten(spec, _cast(torch._foreach_mul(xs, sizes), xs), x)
     etas = [eta] * len(xs) if isinstance(eta, float | int | Tensor) else broadcast(eta, x)
     out = [
         a * (b.abs() + _on(shift, b)) if on else a for a, b, shift, on in zip(xs, ws, etas, masks(mask, w), strict=True)
     ]
-    return optree.tree_unflatten(spec, _cast(out, xs))
+    return unflatten(spec, _cast(out, xs), x)
 
 
 def where(condition: Tensor, x: P, y: P) -> P:
@@ -215,11 +234,11 @@ def norm(x: Tree) -> Tensor:
     dtype = norms[0].dtype
     for each in norms:
         dtype = torch.promote_types(dtype, each.dtype)
-    return torch.linalg.vector_norm(torch.stack([each.to(norms[0].device, dtype) for each in norms]))
+    return vector_norm(torch.stack([each.to(norms[0].device, dtype) for each in norms]))
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float32 if x.dtype in _HALF else None)
+    return vector_norm(x, dtype=torch.float32 if x.dtype in _HALF else None)
 
 
 def reciprocal(x: Tensor) -> Tensor:
@@ -250,6 +269,7 @@ def masks(mask: Mask, x: Tree) -> list[bool]:
     Args:
         mask: `None` (every leaf), a prefix tree of booleans, or a function of path and leaf, where the path is a tuple
             of keys and indices such as `("layers", 0, "bias")`.
+        x: The tree whose leaves it is spread over.
     """
     if mask is None:
         return [True] * len(optree.tree_leaves(x))

@@ -1,0 +1,28 @@
+"""`equal` and `close` compare structure, then dtype and shape, then values, and never broadcast."""
+
+import optree
+import torch
+
+
+def _pairs(got, wanted):
+    assert optree.tree_structure(got) == optree.tree_structure(wanted)
+    pairs = list(zip(optree.tree_leaves(got), optree.tree_leaves(wanted), strict=True))
+    for a, b in pairs:
+        assert (a.dtype, a.shape, a.device, a.layout) == (b.dtype, b.shape, b.device, b.layout)
+    return pairs
+
+
+def equal(got, wanted):
+    """Asserts that two trees are the same, bit for bit up to the sign of zero; NaN equals NaN."""
+    for a, b in _pairs(got, wanted):
+        assert ((a == b) | (a.isnan() & b.isnan())).all(), f"{got} is not {wanted}"
+
+
+def close(got, wanted, rtol=1e-9):
+    """Asserts that no entry differs by more than `rtol (1 + largest entry)`; NaN, inf and -inf must agree."""
+    pairs = _pairs(got, wanted)
+    sizes = [b[b.isfinite()].abs().max().item() for _, b in pairs if b.isfinite().any()]
+    atol = rtol * (1 + max(sizes, default=0))
+    for a, b in pairs:
+        same = (a == b) | (a.isnan() & b.isnan())
+        assert (same | ((a - b).abs() <= atol)).all(), f"{got} is not within {atol:.1e} of {wanted}"

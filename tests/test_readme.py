@@ -1,0 +1,46 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import funcsam as fs
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_quickstart_trains_a_model(capsys):
+    """The README's Python runs as pasted, and ends with a model that works."""
+    namespace = {}
+    for block in blocks("python"):
+        exec(block, namespace)
+    loss, accuracy = re.search(r"loss (\S+), test accuracy (\S+)%", capsys.readouterr().out).groups()
+    assert float(loss) < 0.1
+    assert float(accuracy) > 90
+
+
+def test_every_chain_of_the_table_can_be_built():
+    """Every chain in the table of orders is an expression that gives a Transform."""
+    chains = re.findall(r"^\| `(chain\(.+?\))` \|", README, re.MULTILINE)
+    assert len(chains) >= 6
+    for text in chains:
+        assert isinstance(eval(text, vars(fs) | {"r": 0.05, "d": 5e-4, "lr": 0.1}), fs.Transform)
+
+
+def test_every_transform_has_a_row():
+    """Every exported function is named in the README."""
+    exported = {name for name in fs.__all__ if name[0].islower()}
+    assert {name for name in exported if not re.search(rf"`[^`]*\b{name}\b[^`]*`", README)} == set()
+
+
+def test_the_base_import_needs_torch_and_optree_only():
+    """Importing the library brings in nothing of the extras."""
+    code = (
+        "import sys, torch, optree; before = set(sys.modules); import funcsam; "
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "['funcsam']"
