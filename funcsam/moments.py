@@ -48,7 +48,6 @@ def trace(decay: ScalarOrSchedule = 0.9, *, dampening: ScalarOrSchedule = 0.0, n
         return TraceState(tree.counter(params), tree.zeros_like(params))
 
     def update(grads: Any, state: TraceState, params: Any) -> tuple[Any, State]:
-        checks.same("trace", "state", state.trace, params)
         factor = schedules.at(decay, state.step)
         fresh = grads
         if damped:
@@ -106,7 +105,6 @@ def scale_by_adam(
         return AdamState(tree.counter(params), mean, square, tree.zeros_like(params) if amsgrad else ())
 
     def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, State]:
-        checks.same("scale_by_adam", "state", state.mean, params)
         count = (state.step + 1).to(tree.real_dtype(params))
         decay, decay_square, floor = (schedules.at(value, state.step) for value in (b1, b2, eps))
         g, m, v = (tree.real_views(each) for each in (grads, state.mean, state.square))

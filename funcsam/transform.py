@@ -10,8 +10,8 @@ the first evaluation a transform asks for.
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import optree
 import torch
+from torch import Tensor
 
 from funcsam import checks, tree
 
@@ -42,26 +42,30 @@ class _Checked:
 
     def __call__(self, params: P, *batch: Any) -> tuple[P, Aux]:
         answer = self.grads_fn(params, *batch)
-        _, spec = tree.flatten(params)
-        aux: Aux
-        if optree.tree_structure(answer) == spec:  # a pair (P, A) can never have the structure P
-            grads, aux = answer, ()
-        elif isinstance(answer, tuple) and len(answer) == 2:
-            grads, aux = answer
-        else:
-            raise TypeError(
-                "update: `grads_fn` must return `(grads, aux)`, or `grads` with the structure of `params`, "
-                f"got {type(answer).__name__} {optree.tree_structure(answer)}."
-            )
-        checks.same("update", "grads", grads, params)
-        return _dense(grads), aux
+        leaves, spec = tree.flatten(params)
+        pair = isinstance(answer, tuple) and len(answer) == 2
+        grads, found = (tree.flatten(answer[0])) if pair else ([], None)
+        if pair and found == spec:
+            return _like(leaves, grads, answer[0], params), answer[1]
+        grads, found = tree.flatten(answer)
+        if found == spec:  # a pair (P, A) can never have the structure P
+            return _like(leaves, grads, answer, params), ()
+        if pair:
+            checks.same("update", "grads", answer[0], params)
+        raise TypeError(
+            "update: `grads_fn` must return `(grads, aux)`, or `grads` with the structure of `params`, "
+            f"got {type(answer).__name__} {found}."
+        )
 
 
-def _dense(grads: P) -> P:
-    leaves, spec = tree.flatten(grads)
-    if all(grad.layout is torch.strided for grad in leaves):
-        return grads
-    return tree.unflatten(spec, [grad if grad.layout is torch.strided else grad.to_dense() for grad in leaves], grads)
+def _like(leaves: list[Tensor], grads: list[Tensor], whole: P, params: P) -> P:
+    """Returns gradients that have the shapes of the params, and are dense."""
+    if any(not isinstance(g, Tensor) or g.shape != w.shape for g, w in zip(grads, leaves, strict=True)):
+        checks.same("update", "grads", whole, params)
+    if all(g.layout is torch.strided for g in grads):
+        return whole
+    dense = [g if g.layout is torch.strided else g.to_dense() for g in grads]
+    return tree.unflatten(tree.flatten(whole)[1], dense, whole)
 
 
 class Transform:
@@ -122,8 +126,7 @@ def apply_updates(params: P, updates: P) -> P:
     >>> apply_updates({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([-1.0, 1.0])})
     {'w': tensor([0., 3.])}
     """
-    checks.same("apply_updates", "updates", updates, params)
-    return tree.add(tree.detached(params), updates)
+    return tree.add(tree.detached(params), updates, "apply_updates", "updates")
 
 
 def lift(init: Init, update: PlainUpdate) -> Transform:

@@ -58,10 +58,16 @@ def detached(params: P) -> P:
     return unflatten(spec, [leaf.detach() for leaf in leaves], params)
 
 
-def _leaves(tree: Tree, like: optree.PyTreeSpec) -> list[Tensor]:
-    leaves, spec = flatten(tree)
-    if spec != like:
-        checks.structure("tree", "tree", tree, optree.tree_unflatten(like, range(like.num_leaves)), "the first tree")
+def _alike(
+    tree: Tree, xs: Sequence[Tensor], spec: optree.PyTreeSpec, where: str = "step", what: str = "state"
+) -> list[Tensor]:
+    """Returns the leaves of a tree that must have the structure and the shapes of another.
+
+    Gradients are checked where they come in, so inside a step it is the state that may not fit.
+    """
+    leaves, own = flatten(tree)
+    if own != spec or any(not isinstance(y, Tensor) or y.shape != x.shape for x, y in zip(xs, leaves, strict=True)):
+        checks.same(where, what, tree, optree.tree_unflatten(spec, xs))
     return leaves
 
 
@@ -72,7 +78,7 @@ def _cast(leaves: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 def _each(fast: Callable[..., Any] | None, slow: Callable[..., Tensor], x: P, *rest: Tree) -> P:
     """Applies one foreach kernel, or the operation on each leaf, and casts back to the dtypes of `x`."""
     xs, spec = flatten(x)
-    others = [_leaves(tree, spec) for tree in rest]
+    others = [_alike(tree, xs, spec) for tree in rest]
     if xs and fast is not None and eager():
         out = fast(xs, *others)
     else:
@@ -97,9 +103,12 @@ def counter(params: Tree) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 
 
-def add(x: P, y: P) -> P:
-    """Returns `x + y`."""
-    return _each(torch._foreach_add, operator.add, x, y)
+def add(x: P, y: P, where: str = "step", what: str = "state") -> P:
+    """Returns `x + y`; an error speaks of `y` as `what`."""
+    xs, spec = flatten(x)
+    ys = _alike(y, xs, spec, where, what)
+    out = torch._foreach_add(xs, ys) if xs and eager() else [a + b for a, b in zip(xs, ys, strict=True)]
+    return unflatten(spec, _cast(out, xs), x)
 
 
 def multiply(x: P, y: P) -> P:
@@ -150,7 +159,7 @@ def real_views(x: P) -> P:
 def like_views(x: P, like: Tree) -> P:
     """Undoes `real_views`, given a tree of the original dtypes."""
     xs, spec = flatten(x)
-    likes = _leaves(like, spec)
+    likes = flatten(like)[0]
     return unflatten(
         spec, [torch.view_as_complex(a) if b.is_complex() else a for a, b in zip(xs, likes, strict=True)], x
     )
@@ -188,10 +197,10 @@ def scale(factor: Tree, x: P) -> P:
 def add_scaled(x: P, factor: Scalar, y: P, mask: Mask = None) -> P:
     """Returns `x + factor * y`, and `x` itself where the mask is False."""
     xs, spec = flatten(x)
-    ys = _leaves(y, spec)
-    chosen = masks(mask, y)
-    if xs and eager() and all(chosen) and isinstance(factor, float | int):
+    ys = _alike(y, xs, spec)
+    if xs and eager() and mask is None and isinstance(factor, float | int):
         return unflatten(spec, _cast(torch._foreach_add(xs, ys, alpha=factor), xs), x)
+    chosen = [True] * len(xs) if mask is None else masks(mask, y)
     out = [a + _scaled(b, factor) if on else a for a, b, on in zip(xs, ys, chosen, strict=True)]
     return unflatten(spec, _cast(out, xs), x)
 
@@ -199,7 +208,7 @@ def add_scaled(x: P, factor: Scalar, y: P, mask: Mask = None) -> P:
 def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:
     """Returns `(|w| + eta) x` in the dtypes of `x`, and `x` itself where the mask is False."""
     xs, spec = flatten(x)
-    ws = _leaves(w, spec)
+    ws = _alike(w, xs, spec)
     if xs and eager() and mask is None and isinstance(eta, float | int):
         sizes = torch._foreach_abs(ws)
         if eta:
