@@ -105,6 +105,7 @@ def scale_by_adam(
         return AdamState(tree.counter(params), mean, square, tree.zeros_like(params) if amsgrad else ())
 
     def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, State]:
+        checks.same("step", "state", state.mean, params)
         count = (state.step + 1).to(tree.real_dtype(params))
         decay, decay_square, floor = (schedules.at(value, state.step) for value in (b1, b2, eps))
         g, m, v = (tree.real_views(each) for each in (grads, state.mean, state.square))

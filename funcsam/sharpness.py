@@ -88,7 +88,7 @@ def sharpness_aware(
         offset, ascent_state, (grads, aux) = ascent._update(params, at_params(grads_fn), state.ascent, *batch)
         new_state = SharpnessAwareState(state.step + 1, ascent_state)
         pick = True if when is None else when(state.step)
-        known = not isinstance(pick, Tensor) or tree.eager()
+        known = not isinstance(pick, Tensor) or (tree.eager() and not pick.is_meta)
         if known and not pick:
             return grads, new_state, aux
         point = perturbed(params, grads_fn, state.ascent, batch, offset)

@@ -1,7 +1,6 @@
 """`equal` and `close` compare structure, then dtype and shape, then values, and never broadcast."""
 
 import optree
-import torch
 
 
 def _pairs(got, wanted):

@@ -1,0 +1,114 @@
+"""Networks of the studies, and ensembles of them: one stacked leaf per parameter, one member per seed."""
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from funcsam.studies.errors import StudyError
+
+HIDDEN = (128, 128)
+
+
+def mlp(inputs: int, hidden: Sequence[int], classes: int) -> nn.Sequential:
+    """Builds a multilayer perceptron with ReLU between its linear layers, in torch's own initialisation.
+
+    >>> mlp(64, (32,), 10)(torch.zeros(5, 64)).shape
+    torch.Size([5, 10])
+    """
+    sizes = [inputs, *hidden]
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
+
+
+def named(name: str, inputs: int, classes: int) -> Callable[[], nn.Module]:
+    """Returns the function that builds a network by its name: `mlp` is `mlp-128-128`.
+
+    Raises:
+        StudyError: If there is no network of that name.
+    """
+    if not re.fullmatch(r"mlp(-[1-9][0-9]{0,4})*", name):
+        raise StudyError(f"compare: `--network` must be mlp, or mlp-64-64 with widths of your own, got {name}.")
+    hidden = [int(width) for width in name.split("-")[1:]] or HIDDEN
+    return lambda: mlp(inputs, hidden, classes)
+
+
+def ensemble(build: Callable[[], nn.Module], seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Builds one network per seed and stacks their parameters: every leaf gets a leading axis, one entry per seed.
+
+    The generator of the caller is left as it was.
+    """
+    members = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            members.append(build())
+    params, _ = torch.func.stack_module_state(members)
+    return {name: leaf.detach() for name, leaf in params.items()}
+
+
+class _Block(nn.Module):
+    """A pre-activation residual block: BN, ReLU, conv, BN, ReLU, conv."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        same = inputs == outputs and stride == 1
+        self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = torch.relu(self.norm1(x))
+        out: Tensor = self.conv2(torch.relu(self.norm2(self.conv1(active))))
+        skip: Tensor = x if self.shortcut is None else self.shortcut(active)
+        return out + skip
+
+
+def wide_resnet(depth: int, width: int, classes: int = 10) -> nn.Sequential:
+    """Builds WRN-depth-width for RGB images, e.g. `wide_resnet(16, 1)` or `wide_resnet(28, 10)`.
+
+    A 3x3 convolution, three groups of `(depth - 4) / 6` pre-activation blocks with `16 width`, `32 width` and
+    `64 width` channels, the last two groups halving the image, then BN, ReLU, the average over the image, one linear
+    layer. Convolutions start in He's initialisation (fan-out), as in the authors' code.
+
+    Args:
+        depth: Number of layers, `6 n + 4` with a whole `n >= 1`.
+        width: Widening factor `k`, at least 1.
+        classes: Number of outputs.
+
+    Raises:
+        ValueError: If there is no such network.
+
+    >>> wide_resnet(16, 1)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    >>> sum(p.numel() for p in wide_resnet(16, 1).parameters())
+    175066
+
+    References:
+        Zagoruyko and Komodakis, 2016, table 1 and section 3. arXiv 1605.07146.
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"wide_resnet: `depth` must be 6 n + 4 with n at least 1, got {depth}.")
+    if width < 1 or classes < 1:
+        raise ValueError(f"wide_resnet: `width` and `classes` must be at least 1, got {width} and {classes}.")
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
+    channels = 16
+    for group in range(3):
+        outputs = 16 * width * 2**group
+        for block in range((depth - 4) // 6):
+            layers.append(_Block(channels, outputs, stride=2 if group and not block else 1))
+            channels = outputs
+    head = (nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    network = nn.Sequential(*layers, *head)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.bias)
+    return network

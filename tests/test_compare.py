@@ -1,0 +1,330 @@
+"""The `funcsam compare` command, end to end: what it prints and writes, how it stops and goes on, how it says no."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import funcsam as fs
+from funcsam import cli
+from funcsam.studies import checkpoint, data, networks, optimizers, report
+from funcsam.studies.errors import StudyError
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--no-compile", "--seeds", "2", "--data", "wine", "--batch-size", "32", "--network", "mlp-16")
+PAIR = ("-o", "sgd", "-o", "sam:rho=0.5")
+
+
+def started(*arguments, **options):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    return subprocess.Popen(
+        [sys.executable, "-m", "funcsam", "compare", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def ran(*arguments, **options):
+    process = started(*arguments, **options)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def figures(folder):
+    """Everything that does not depend on the clock."""
+    content = json.loads((folder / "results.json").read_text())
+    for rows in (*content["final"].values(), *content["epochs"].values()):
+        rows.pop("seconds_per_step")
+        rows.pop("ratio", None)
+    return content
+
+
+def complaint(capfd, *arguments):
+    """Runs in this process; returns the one line."""
+    assert cli.run(["compare", *map(str, arguments)]) == 2
+    out, err = capfd.readouterr()
+    assert not out
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if "epoch" not in line or "`" in line]  # progress bars go there too
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small run from beginning to end, with what it printed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    code, text, err = ran(*SMALL, *PAIR, "--epochs", 40, "--out", out)
+    assert code == 0, err
+    return out, text
+
+
+def test_a_run_prints_its_table_and_writes_its_files(finished):
+    out, text = finished
+    assert all(word in text for word in ("sgd", "sam:rho=0.5", "test error", "fit to noisy", "sharpness", "times"))
+    content = json.loads((out / "results.json").read_text())
+    assert content["settings"]["optimizers"] == ["sgd", "sam:rho=0.5"]
+    assert {"funcsam", "torch", "optree", "python"} <= set(content["versions"])
+    for name in ("sgd", "sam:rho=0.5"):
+        epochs, final = content["epochs"][name], content["final"][name]
+        assert [len(row) for row in epochs["test_error"]] == [2] * 40
+        assert len(epochs["seconds_per_step"]) == 40
+        a, b = final["test_error"]["seeds"]
+        assert final["test_error"]["seeds"] == epochs["test_error"][-1]
+        assert final["test_error"]["mean"] == pytest.approx((a + b) / 2)
+        assert final["test_error"]["standard_error"] == pytest.approx(abs(a - b) / 2)
+        assert f"{100 * final['test_error']['mean']:.1f} ±" in text
+    assert content["final"]["sgd"]["ratio"] == 1
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["sam-rho-0.5.pt", "sgd.pt"]
+
+
+@pytest.mark.parametrize("spec", ["sgd", "sam:rho=0.5"])
+def test_a_member_of_the_ensemble_is_the_training_done_alone(finished, spec):
+    content = json.loads((finished[0] / "results.json").read_text())
+    seed, parts = 1, data.load("wine")
+    noisy = data.noisy(parts.y, parts.classes, 0.4, seed)
+    torch.manual_seed(seed)
+    network = networks.mlp(parts.x.shape[1], (16,), parts.classes)
+    steps = len(parts.y) // 32
+    base = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(base, 40 * steps)
+    for epoch in range(40):
+        for index in data.order(len(parts.y), 32, [seed], epoch)[:, 0]:
+
+            def gradients(index=index):
+                loss = F.cross_entropy(network(parts.x[index]), noisy[index])
+                return torch.autograd.grad(loss, list(network.parameters()))
+
+            grads = gradients()
+            if spec != "sgd":
+                norm = torch.cat([g.flatten() for g in grads]).norm()
+                start = [p.detach().clone() for p in network.parameters()]
+                with torch.no_grad():
+                    for p, g in zip(network.parameters(), grads, strict=True):
+                        p += 0.5 * g / norm
+                grads = gradients()
+                with torch.no_grad():
+                    for p, w in zip(network.parameters(), start, strict=True):
+                        p.copy_(w)
+            for p, g in zip(network.parameters(), grads, strict=True):
+                p.grad = g
+            base.step()
+            schedule.step()
+    loss = F.cross_entropy(network(parts.x), noisy).item()
+    wrong = (network(parts.test_x).argmax(-1) != parts.test_y).float().mean().item()
+    fit = (network(parts.x).argmax(-1) == noisy).float().mean().item()
+    rows = content["epochs"][spec]
+    assert rows["train_loss"][-1][seed] == pytest.approx(loss, rel=1e-3)
+    assert rows["test_error"][-1][seed] == pytest.approx(wrong, abs=1e-6)
+    assert rows["noisy_fit"][-1][seed] == pytest.approx(fit, abs=1e-6)
+
+
+def interrupted(out, number):
+    """Starts a run, sends it a signal once it has written checkpoints, and returns what it said."""
+    code = "from funcsam.studies import comparison; comparison.SAVE_EVERY = 0.0"
+    program = f"{code}\nfrom funcsam.cli import main; import sys; sys.argv[0] = 'funcsam'; main()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, "compare", *SMALL, *PAIR, "--epochs", "40", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    while len(list((out / "checkpoints").glob("*.pt"))) != 2:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert not (out / "results.json").exists()
+    return process.returncode, err
+
+
+def test_killed_and_resumed_equals_uninterrupted(finished, tmp_path):
+    out = tmp_path / "run"
+    assert interrupted(out, signal.SIGKILL)[0] == -signal.SIGKILL
+    epochs = [torch.load(path, weights_only=True)["epoch"] for path in (out / "checkpoints").glob("*.pt")]
+    assert all(epoch < 40 for epoch in epochs)
+    code, _, err = ran(*SMALL, *PAIR, "--epochs", 40, "--out", out)
+    assert code == 2
+    assert "must be a folder without an unfinished run" in err
+    code, _, err = ran(*SMALL, *PAIR, "--epochs", 40, "--out", out, "--resume")
+    assert code == 0, err
+    assert figures(out) == figures(finished[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path, number):
+    code, err = interrupted(tmp_path / "run", number)
+    assert code == 130
+    assert "Traceback" not in err
+    assert "the same command with --resume goes on." in err.splitlines()[-1]
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*.pt"))) == 2
+
+
+def test_a_finished_run_may_be_repeated_and_reported_again(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    for more in ((), ("--resume",)):
+        assert cli.run(["compare", *SMALL, *PAIR, "--epochs", "40", "--out", str(out), *more]) == 0
+        assert figures(out)["final"] == figures(finished[0])["final"]
+
+
+BAD = [
+    (("-o", "lion"), "compare: `--optimizer` must be one of sgd, adam, adamw, sam, asam, got lion."),
+    (("-o", "sam:radius=1"), "sam:radius=1: an option must be one of rho, base, "),
+    (("-o", "sam:rho"), "sam:rho: an option must be written as name=value, got rho."),
+    (("-o", "sam:rho=big"), "sam:rho=big: `rho` must be a number, got big."),
+    (("-o", "sam:rho=-1"), "sam: `rho` must be finite and non-negative, got -1.0."),
+    (("-o", "sam:rho=1,rho=2"), "`rho` must be given once, got it twice."),
+    (("-o", "sam:base=lion"), "`base` must be one of sgd, adam, adamw, got lion."),
+    (("-o", "sgd:nesterov=maybe"), "`nesterov` must be true or false, got maybe."),
+    (("-o", "sgd", "-o", "sgd"), "compare: every `--optimizer` must be given once, got sgd twice."),
+    (("--data", "cifar"), "compare: `--data` must be one of digits, breast-cancer, wine, got cifar."),
+    (("--network", "mlp-0"), "compare: `--network` must be mlp, or mlp-64-64 with widths of your own, got mlp-0."),
+    (("--schedule", "linear"), "compare: `--schedule` must be one of constant, step_decay, cosine, got linear."),
+    (("--noise", "2"), "compare: `--noise` must be in [0, 1], got 2.0."),
+    (("--noise", "abc"), "Invalid value for '--noise': "),
+    (("--seeds", "0"), "compare: `--seeds` must be at least 1, got 0."),
+    (("--epochs", "0"), "compare: `--epochs` must be at least 1, got 0."),
+    (("--batch-size", "0"), "compare: `--batch-size` must be at least 1, got 0."),
+    (("--batch-size", "9999"), "compare: `--batch-size` must be at most the 133 training examples, got 9999."),
+    (("--lr", "-1"), "compare: `--lr` must be finite and non-negative, got -1.0."),
+    (("-o", "sgd:lr=nan"), "must be finite and non-negative, got nan."),
+    (("--device", "abacus"), "compare: `--device` must be one that torch finds here, e.g. cpu, got abacus."),
+    (("--device", "meta"), "compare: `--device` must be one that torch finds here, e.g. cpu, got meta."),
+    (("--colour",), "No such option"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_gets_one_line(capfd, tmp_path, arguments, text):
+    assert text in complaint(capfd, *SMALL, "--out", tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_other_settings_or_a_damaged_one(capfd, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    command = (*SMALL, *PAIR, "--epochs", 40, "--out", out)
+    before = (out / "results.json").read_bytes()
+    other = complaint(capfd, *command, "--lr", "0.2", "--resume")
+    assert "must have the settings of this run, got lr 0.1 for 0.2." in other
+    assert "must be a folder without a run of other settings" in complaint(capfd, *command, "--lr", "0.2")
+    path = out / "checkpoints" / "sgd.pt"
+    whole = path.read_bytes()
+    for bad in (b"", b"not a checkpoint", whole[: len(whole) // 2], whole[:900] + b"\xff\xff\xff" + whole[903:]):
+        path.write_bytes(bad)
+        assert "must be a whole checkpoint, got a damaged file" in complaint(capfd, *command, "--resume")
+        assert path.read_bytes() == bad
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_an_out_that_cannot_be_written(capfd, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    short = (*SMALL, "-o", "sgd", "--epochs", 1)
+    for more in ((), ("--resume",)):
+        line = complaint(capfd, *short, "--out", tmp_path / "file", *more)
+        assert "compare: `--out` must be a folder, got the file" in line
+    line = complaint(capfd, *short, "--out", tmp_path / "file" / "run")
+    assert "compare: `--out` must be a folder that can be written to, got" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
+    path, content = tmp_path / "sgd.pt", {"epoch": 1, "run": {"w": torch.ones(10_000)}}
+    checkpoint.save(path, {"lr": 0.1}, content)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(StudyError, match=r"must be a folder that can be written to, got .* \(File too large\)"):
+            checkpoint.save(path, {"lr": 0.1}, content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert checkpoint.load(path, {"lr": 0.1})["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["sgd.pt"]
+
+
+def test_a_missing_extra_is_named(capfd, monkeypatch):
+    monkeypatch.setattr(cli, "NEEDS", ("typer", "no_such_package"))
+    assert cli.run(["compare"]) == 2
+    assert capfd.readouterr().err == (
+        'funcsam: no_such_package must be installed, try: pip install "funcsam[compare]"\n'
+    )
+
+
+def test_the_library_does_not_import_the_studies():
+    code = "import funcsam, sys; assert not {'typer', 'rich', 'sklearn', 'funcsam.studies'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_help_shows_the_defaults(capfd):
+    assert cli.run(["compare", "--help"]) == 0
+    out = capfd.readouterr().out
+    assert all(word in out for word in ("--noise", "0.4", "cosine", "runs/compare", "digits", "sam:rho=0.5"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "chain"),
+    [
+        ("sgd", lambda lr: fs.sgd(lr, momentum=0.9)),
+        ("sgd:momentum=0,nesterov=false", lambda lr: fs.sgd(lr)),
+        ("asam:rho=2,eta=0.01", lambda lr: fs.chain(fs.asam(2.0, eta=0.01), fs.sgd(lr, momentum=0.9))),
+        ("sam:base=adamw,lr=0.5", lambda lr: fs.chain(fs.sam(), fs.adamw(fs.constant(0.5)))),
+        ("adamw", lambda lr: fs.adamw(fs.constant(1e-3))),
+    ],
+)
+def test_a_spec_is_the_chain_it_names(spec, chain):
+    w, grads_fn = torch.tensor([1.0, -2.0]), torch.func.grad(lambda w: (w**3).sum())
+    parsed, written = optimizers.parse(spec, 0.1, "constant", 10), chain(fs.constant(0.1))
+    a, b = parsed.init(w), written.init(w)
+    for _ in range(3):
+        x, a, _ = parsed.update(w, grads_fn, a)
+        y, b, _ = written.update(w, grads_fn, b)
+        assert torch.equal(x, y)
+
+
+def test_figures_that_are_not_finite_stay_valid_json():
+    found = report._figures(torch.tensor([1.0, float("nan")]))
+    assert found == {"mean": None, "standard_error": None, "seeds": [1.0, None]}
+    assert report._figures(torch.tensor([1.0]))["standard_error"] is None
+
+
+@pytest.mark.compile
+def test_compiled_and_eager_agree(finished, tmp_path):
+    arguments = [argument for argument in SMALL if argument != "--no-compile"]
+    code, _, err = ran(*arguments, "-o", "sam:rho=0.5", "--epochs", 3, "--out", tmp_path)
+    assert code == 0, err
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["compiled"] == {"sam:rho=0.5": True}
+    code, _, err = ran(*SMALL, "-o", "sam:rho=0.5", "--epochs", 3, "--out", tmp_path / "eager")
+    eager = json.loads((tmp_path / "eager" / "results.json").read_text())
+    for ours, theirs in zip(
+        content["epochs"]["sam:rho=0.5"]["train_loss"], eager["epochs"]["sam:rho=0.5"]["train_loss"], strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("compiler", [None, ""])
+def test_without_a_compiler_it_says_so_and_goes_on(tmp_path, monkeypatch, compiler):
+    monkeypatch.delenv("CXX", raising=False)
+    arguments = [argument for argument in SMALL if argument != "--no-compile"]
+    bare = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    bare |= {} if compiler is None else {"CXX": compiler}
+    code, out, err = ran(*arguments, "-o", "sgd", "--epochs", 1, "--out", tmp_path / "run", env=bare)
+    assert code == 0, err
+    assert "compare: no working C++ compiler was found, so the steps run eagerly and take longer." in err
+    assert "Traceback" not in err
+    assert "sgd" in out
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["compiled"] == {"sgd": False}
