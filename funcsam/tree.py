@@ -201,8 +201,14 @@ def add_scaled(x: P, factor: Scalar, y: P, mask: Mask = None) -> P:
     if xs and eager() and mask is None and isinstance(factor, float | int):
         return unflatten(spec, _cast(torch._foreach_add(xs, ys, alpha=factor), xs), x)
     chosen = [True] * len(xs) if mask is None else masks(mask, y)
-    out = [a + _scaled(b, factor) if on else a for a, b, on in zip(xs, ys, chosen, strict=True)]
+    out = [_add_scaled(a, factor, b) if on else a for a, b, on in zip(xs, ys, chosen, strict=True)]
     return unflatten(spec, _cast(out, xs), x)
+
+
+def _add_scaled(x: Tensor, factor: Scalar, y: Tensor) -> Tensor:
+    if isinstance(factor, Tensor):
+        return x + _scaled(y, factor)
+    return torch.add(x, y, alpha=factor)  # one operation: the compiler copies less
 
 
 def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:

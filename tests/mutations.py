@@ -155,7 +155,9 @@ MUTATIONS = [
         "tree.divide(tree.scale(1 / (1 - decay**count), m), tree.shift(root, floor))",
         "tree.divide(tree.scale(1 / (1 - decay**count), m), tree.sqrt(tree.shift(tree.multiply(root, root), floor)))",
     ),
-    Mutation("amsgrad forgets", "moments.py", "tree.maximum(tree.real_views(state.largest), v) if amsgrad", "v if amsgrad"),
+    Mutation(
+        "amsgrad forgets", "moments.py", "tree.maximum(tree.real_views(state.largest), v) if amsgrad", "v if amsgrad"
+    ),
     Mutation(
         "complex leaves are not pairs of reals",
         "moments.py",

@@ -17,7 +17,7 @@ import funcsam as fs
 from funcsam.transform import saveable
 
 structural = settings(max_examples=settings().max_examples // 4)
-"""For laws about shapes, types and counts, where values matter less."""
+"""A quarter of the examples: for laws about shapes, types and counts, and for laws that every entry must pass."""
 
 reals = st.integers(-4096, 4096).map(lambda k: k / 1024)  # 0, or from 2**-10 to 4 in size; float32 holds them
 positives = st.floats(2**-6, 1)

@@ -205,3 +205,14 @@ def test_dropout_under_func_needs_no_more_than_a_seed():
 
     w = torch.ones(8)
     equal(call(fs.sam(0.5), Problem(w, loss_fn))[0], fs.grad_and_value(loss_fn)(w)[0])
+
+
+@pytest.mark.compile
+def test_aux_may_be_an_empty_dict_in_a_compiled_step():
+    """A network without buffers returns none; the step still compiles as one graph."""
+    grads_fn = fs.grad_and_value(lambda w: ((w * w).sum(), {}), has_aux=True)
+    tx, w = fs.chain(fs.sam(0.5), fs.sgd(0.1)), torch.tensor([3.0, 4.0])
+    step = torch.compile(lambda w, state: tx.step(w, grads_fn, state), backend="eager", fullgraph=True)
+    (new, _, (loss, aux)), plain = step(w, tx.init(w)), tx.step(w, grads_fn, tx.init(w))
+    torch.testing.assert_close(new, plain[0])
+    assert (loss.item(), aux) == (25.0, {})

@@ -39,6 +39,7 @@ def sized(entry, problem):
 
 
 @claiming(Claim.IDENTITY_AT_ZERO_RHO)
+@structural
 @given(problem=problems())
 def test_zero_rho_is_the_base_optimizer(entry, problem):
     """The params after three steps are the same, exactly."""
@@ -83,6 +84,7 @@ def test_scale_invariance_and_oddness(entry, problem, factor, sign):
 
 
 @claiming(Claim.TRANSLATIONS)
+@structural
 @given(data=st.data(), problem=problems())
 def test_translations(entry, data, problem):
     """The origin of the params makes no difference."""
@@ -97,6 +99,7 @@ def _turned(problem, matrix):
 
 
 @claiming(Claim.ROTATIONS)
+@structural
 @given(data=st.data(), problem=problems())
 def test_rotations(entry, data, problem):
     """Reflecting the params reflects the updates; rotations are made of reflections."""
@@ -109,6 +112,7 @@ def test_rotations(entry, data, problem):
 
 
 @claiming(Claim.PERMUTATIONS)
+@structural
 @given(data=st.data(), problem=problems())
 def test_signed_permutations(entry, data, problem):
     """Exchanging entries and flipping their signs does the same to the updates."""
@@ -170,6 +174,7 @@ def test_taylor(problem, rho):
 
 
 @claiming(Claim.SPHERE)
+@structural
 @given(problem=problems())
 def test_second_evaluation_is_at_the_ascent(entry, problem):
     """SAM's gradient is the gradient at `w + e`; what follows in the chain sees that one."""
@@ -223,6 +228,7 @@ def test_a_schedule_is_read_at_0_1_2(entry, problem, factors):
 
 
 @claiming(Claim.SPHERE)
+@structural
 @given(params=trees(), rho=st.floats(0, 2**-10), lr=st.floats(2**-6, 0.5))
 def test_descent(entry, params, rho, lr):
     """On a bowl a small step against the sharpness-aware gradient goes down."""
