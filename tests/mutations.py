@@ -12,8 +12,9 @@ import tempfile
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
-ORDER = ["closed_forms.py", "schedules.py", "messages.py", "gradients.py"]
-TESTS = [*(f"tests/test_{name}" for name in ORDER), "tests/parity", "tests/laws"]
+ORDER = ["closed_forms", "schedules", "messages", "gradients"]
+LAWS = ["family", "order", "numerics", "contract", "transformations"]
+TESTS = [*(f"tests/test_{name}.py" for name in ORDER), "tests/parity", *(f"tests/laws/test_{name}.py" for name in LAWS)]
 
 
 class Mutation(NamedTuple):

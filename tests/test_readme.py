@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -5,7 +6,9 @@ from pathlib import Path
 
 import funcsam as fs
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PERCENT = ("test_error", "noisy_fit")
 
 
 def blocks(language):
@@ -24,7 +27,7 @@ def test_the_quickstart_trains_a_model(capsys):
 
 def test_every_chain_of_the_table_can_be_built():
     """Every chain in the table of orders is an expression that gives a Transform."""
-    chains = re.findall(r"^\| `(chain\([^`.]+\))` \|", README, re.MULTILINE)
+    chains = re.findall(r"^\| `(chain\((?!\.\.\.)[^`]+\))` \|", README, re.MULTILINE)
     assert len(chains) >= 6
     for text in chains:
         assert isinstance(eval(text, vars(fs) | {"r": 0.05, "d": 5e-4, "lr": 0.1}), fs.Transform)
@@ -44,3 +47,27 @@ def test_the_base_import_needs_torch_and_optree_only():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "['funcsam']"
+
+
+def between(name):
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end of {name} -->", README, re.DOTALL).group(1)
+
+
+def test_the_results_are_those_of_the_committed_run():
+    """The table of the main job is what its committed results say."""
+    run = json.loads((ROOT / "notebooks" / "comparison.json").read_text())
+    for name, final in run["final"].items():
+        cells = [f"{100 * final[key]['mean']:.1f} ± {100 * final[key]['standard_error']:.1f}" for key in PERCENT]
+        rise = f"{final['sharpness']['mean']:.4f} ± {final['sharpness']['standard_error']:.4f}"
+        row = f"| `{name}` | {' | '.join(cells)} | {rise} | {final['ratio']:.2f} |"
+        assert row in between("results")
+    assert f"torch {run['versions']['torch']}" in between("results")
+    assert f"{run['settings']['seeds']} seeds" in between("results")
+
+
+def test_the_benchmark_is_the_committed_run():
+    """The table of costs is what the benchmark prints of its committed results."""
+    folder = ROOT / "tests" / "benchmarks"
+    command = [sys.executable, folder / "steps.py", "--table", folder / "results" / "steps-cpu.json"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table.strip() in between("benchmark")

@@ -134,7 +134,7 @@ def table(final: dict[str, dict[str, Any]], title: str) -> Table:
             name,
             _cell(row["test_error"], 100, 1),
             _cell(row["noisy_fit"], 100, 1),
-            _cell(row["sharpness"], 1, 3),
+            _cell(row["sharpness"], 1, 4),
             f"{1000 * row['seconds_per_step']:.2f}",
             f"{row['ratio']:.2f}",
         )

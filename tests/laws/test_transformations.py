@@ -45,6 +45,7 @@ def test_vmap_over_hyperparameters_is_a_loop(entry, problem, factors):
 
 
 @with_numbers
+@structural
 @given(problem=problems(), factor=st.floats(0.1, 1))
 def test_a_tensor_is_a_number(entry, problem, factor):
     """A hyperparameter may be a tensor of shape (); updates keep the dtype of the params all the same."""
@@ -167,6 +168,7 @@ def test_compile_of_vmap():
 
 
 @claiming(Claim.SPHERE)
+@structural
 @given(ensemble=ensembles(size=2), factors=st.tuples(st.floats(0.1, 1), st.floats(0.1, 1)))
 def test_vmap_over_members_and_rho(entry, ensemble, factors):
     """One radius per member."""
