@@ -203,7 +203,7 @@ def survives(mutation: Mutation) -> bool:
     """Tells whether all tests pass on the mutated copy.
 
     Raises:
-        ValueError: If the library no longer has the text.
+        ValueError: If the library no longer has the text, or nothing can be imported without it.
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "copy"
@@ -226,9 +226,13 @@ def survives(mutation: Mutation) -> bool:
         ]
         environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "dev"}
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-        by = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        print(f"{'alive ' if done.returncode == 0 else 'killed'}  {mutation.name}  {' '.join(by)}", flush=True)
-        return done.returncode == 0
+        by = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        if done.returncode and not by:
+            raise ValueError(
+                f"mutations: {mutation.name!r} must leave the library importable, got {done.stdout[-500:]}"
+            )
+        print(f"{'killed' if by else 'alive '}  {mutation.name}  {' '.join(by)}", flush=True)
+        return not by
 
 
 def main() -> None:
