@@ -81,16 +81,22 @@ def function(where: str, **named: Any) -> None:
             raise TypeError(f"{where}: `{name}` must be a function, got {type(value).__name__}.")
 
 
-def params(where: str, tree: Tree) -> None:
-    """Raises unless every leaf is a floating-point or complex tensor."""
-    for accessor, leaf in zip(
-        optree.tree_accessors(tree, none_is_leaf=True), optree.tree_leaves(tree, none_is_leaf=True), strict=True
-    ):
+def tensors(where: str, what: str, tree: Tree) -> None:
+    """Raises unless every leaf is a tensor; `None` is a leaf here, as torch's own trees have it."""
+    leaves = optree.tree_leaves(tree, none_is_leaf=True)
+    if all(isinstance(leaf, Tensor) for leaf in leaves):
+        return
+    for accessor, leaf in zip(optree.tree_accessors(tree, none_is_leaf=True), leaves, strict=True):
         if not isinstance(leaf, Tensor):
             path = accessor.codify("")
-            raise TypeError(f"{where}: `params` must hold tensors only, got {type(leaf).__name__}{_at(path)}.")
+            raise TypeError(f"{where}: `{what}` must hold tensors only, got {type(leaf).__name__}{_at(path)}.")
+
+
+def params(where: str, tree: Tree) -> None:
+    """Raises unless every leaf is a floating-point or complex tensor."""
+    tensors(where, "params", tree)
+    for path, leaf in zip(paths(tree), optree.tree_leaves(tree), strict=True):
         if not (leaf.is_floating_point() or leaf.is_complex()):
-            path = accessor.codify("")
             raise TypeError(
                 f"{where}: `params` must hold floating-point or complex tensors, got {leaf.dtype}{_at(path)}. "
                 "Pass what is not trained through the batch."

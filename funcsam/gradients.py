@@ -20,7 +20,7 @@ def grad_and_value(
 
     Args:
         loss_fn: `loss_fn(params, *batch)` returns the loss, a real tensor of shape (), or `(loss, aux)`.
-        has_aux: Whether `loss_fn` returns `(loss, aux)`.
+        has_aux: Whether `loss_fn` returns `(loss, aux)`; `aux` is a pytree of tensors.
         backend: `"func"` is `torch.func.grad_and_value`: it composes with `vmap`, `torch.func.grad` and
             `torch.compile`. `"autograd"` is `torch.autograd.grad` on detached leaves: less overhead in eager code on
             small models, activation checkpointing, DTensors. `"auto"` takes autograd in plain eager code and func
@@ -32,7 +32,7 @@ def grad_and_value(
 
     Raises:
         ValueError: If `backend` is unknown.
-        TypeError: On a call, if `loss_fn` does not return what `has_aux` says.
+        TypeError: On a call, if `loss_fn` does not return what `has_aux` says, or `aux` holds anything but tensors.
 
     >>> grads_fn = grad_and_value(lambda params, x: (params["w"] * x) ** 2)
     >>> grads_fn({"w": torch.tensor(3.0)}, torch.tensor(2.0))
@@ -48,6 +48,7 @@ def grad_and_value(
             got = type(answer).__name__
             raise TypeError(f"grad_and_value: with `has_aux` `loss_fn` must return `(loss, aux)`, got {got}.")
         loss, aux = answer if has_aux else (answer, ())
+        checks.tensors("grad_and_value", "aux", aux)
         if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
             got = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             hint = "" if has_aux or not isinstance(loss, tuple) else " If it returns `(loss, aux)`, set `has_aux`."
@@ -85,5 +86,5 @@ def _autograd(loss_fn: Callable[..., tuple[Tensor, Any]], params: P, batch: tupl
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
-    aux = optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux)
+    aux = optree.tree_map(Tensor.detach, aux)
     return tree.unflatten(spec, grads, params), loss.detach(), aux

@@ -341,3 +341,12 @@ def test_trees_of_other_structure():
 def test_paths():
     """Paths are Python code."""
     assert checks.paths({"w": [W, (W,)]}) == ["['w'][0]", "['w'][1][0]"]
+
+
+@pytest.mark.parametrize("backend", ["func", "autograd"])
+@pytest.mark.parametrize(("aux", "got"), [("x", "str"), (None, "NoneType"), (0.5, "float")])
+def test_aux_holds_tensors(backend, aux, got):
+    """Whatever the backend, so that what runs in eager code runs under `vmap` too."""
+    grads_fn = fs.grad_and_value(lambda w: (w**2, {"name": aux}), has_aux=True, backend=backend)
+    with refuses(TypeError, f"grad_and_value: `aux` must hold tensors only, got {got} at ['name']."):
+        grads_fn(torch.tensor(2.0))
