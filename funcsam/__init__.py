@@ -9,11 +9,16 @@ meaning:
     params, state, loss = tx.step(params, grads_fn, state, *batch)
 """
 
+from funcsam import ensemble, nn
+from funcsam.batches import ascent_batch, microbatch
 from funcsam.decay import DecayState, add_decayed_weights
 from funcsam.family.sam import asam, sam, sam_update
 from funcsam.gradients import grad_and_value
+from funcsam.groups import freeze, masked, partition
+from funcsam.loss_scale import LossScaleState, dynamic_loss_scale
 from funcsam.moments import AdamState, TraceState, scale_by_adam, trace
 from funcsam.optimizers import adam, adamw, sgd
+from funcsam.randomness import RandomnessState, common_randomness
 from funcsam.scaling import (
     ScaleState,
     clip_by_global_norm,
@@ -31,6 +36,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamState",
     "DecayState",
+    "LossScaleState",
+    "RandomnessState",
     "ScaleState",
     "SharpnessAwareState",
     "TraceState",
@@ -40,14 +47,23 @@ __all__ = [
     "add_decayed_weights",
     "apply_updates",
     "asam",
+    "ascent_batch",
     "chain",
     "clip_by_global_norm",
+    "common_randomness",
     "constant",
     "cosine",
+    "dynamic_loss_scale",
+    "ensemble",
+    "freeze",
     "grad_and_value",
     "identity",
     "lift",
+    "masked",
+    "microbatch",
+    "nn",
     "normalize",
+    "partition",
     "sam",
     "sam_update",
     "scale",

@@ -1,6 +1,7 @@
 """From a loss to a grads_fn."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
 
 import optree
@@ -10,12 +11,11 @@ from torch import Tensor
 from funcsam import checks, tree
 
 P = TypeVar("P")
+Loss = Callable[..., Any]
 Backend = Literal["auto", "func", "autograd"]
 
 
-def grad_and_value(
-    loss_fn: Callable[..., Any], has_aux: bool = False, backend: Backend = "auto"
-) -> Callable[..., tuple[Any, Any]]:
+def grad_and_value(loss_fn: Loss, has_aux: bool = False, backend: Backend = "auto") -> "GradAndValue":
     """Returns the function that computes gradients and value of a loss: the contract of `torch.func.grad_and_value`.
 
     Args:
@@ -41,49 +41,62 @@ def grad_and_value(
     checks.function("grad_and_value", loss_fn=loss_fn)
     if backend not in ("auto", "func", "autograd"):
         raise ValueError(f'grad_and_value: `backend` must be "auto", "func" or "autograd", got {backend!r}.')
+    return GradAndValue(loss_fn, has_aux, backend)
 
-    def checked(params: P, *batch: Any) -> tuple[Tensor, Any]:
+
+class GradAndValue:
+    """What `grad_and_value` returns."""
+
+    def __init__(self, loss_fn: Loss, has_aux: bool, backend: Backend, factor: Tensor | None = None) -> None:
+        self.loss_fn, self.has_aux, self.backend, self.factor = loss_fn, has_aux, backend, factor
+
+    def scaled(self, factor: Tensor) -> "GradAndValue":
+        """Returns the function whose gradients are those of `factor` times the loss; the value stays the loss."""
+        return GradAndValue(self.loss_fn, self.has_aux, self.backend, factor)
+
+    def __call__(self, params: P, *batch: Any) -> tuple[P, Any]:
+        """Returns `(grads, loss)`, or `(grads, (loss, aux))` with `has_aux`."""
+        if self.backend == "autograd" or (self.backend == "auto" and tree.eager()):
+            grads, loss, aux = _autograd(self, params, batch)
+        else:
+            grads, loss, aux = _func(self, params, batch)
+        return grads, (loss, aux) if self.has_aux else loss
+
+    def evaluate(self, loss_fn: Loss, params: Any, batch: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, Any]]:
+        """Returns what is differentiated, and with it the loss and aux; checks what the user's function returned."""
         answer = loss_fn(params, *batch)
-        if has_aux and not (isinstance(answer, tuple) and len(answer) == 2):
+        if self.has_aux and not (isinstance(answer, tuple) and len(answer) == 2):
             got = type(answer).__name__
             raise TypeError(f"grad_and_value: with `has_aux` `loss_fn` must return `(loss, aux)`, got {got}.")
-        loss, aux = answer if has_aux else (answer, ())
+        loss, aux = answer if self.has_aux else (answer, ())
         checks.tensors("grad_and_value", "aux", aux)
         if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
             got = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            hint = "" if has_aux or not isinstance(loss, tuple) else " If it returns `(loss, aux)`, set `has_aux`."
+            hint = "" if self.has_aux or not isinstance(loss, tuple) else " If it returns `(loss, aux)`, set `has_aux`."
             raise TypeError(f"grad_and_value: the loss must be a real tensor of shape (), got {got}.{hint}")
-        return loss, aux
-
-    def grads_fn(params: P, *batch: Any) -> tuple[P, Any]:
-        if backend == "autograd" or (backend == "auto" and tree.eager()):
-            grads, loss, aux = _autograd(checked, params, batch)
-        else:
-            grads, loss, aux = _func(checked, params, batch)
-        return grads, (loss, aux) if has_aux else loss
-
-    return grads_fn
+        return loss if self.factor is None else loss * self.factor, (loss, aux)
 
 
-def _func(loss_fn: Callable[..., tuple[Tensor, Any]], params: P, batch: tuple[Any, ...]) -> tuple[P, Tensor, Any]:
+def _func(fn: GradAndValue, params: P, batch: tuple[Any, ...]) -> tuple[P, Tensor, Any]:
     if not tree.flatten(params)[0]:
-        return params, *loss_fn(params, *batch)
-    grads, (loss, aux) = torch.func.grad_and_value(loss_fn, has_aux=True)(params, *batch)
+        return params, *fn.evaluate(fn.loss_fn, params, batch)[1]
+    differentiate = torch.func.grad(lambda params, *batch: fn.evaluate(fn.loss_fn, params, batch), has_aux=True)
+    grads, (loss, aux) = differentiate(params, *batch)
     return grads, loss, aux
 
 
-def _autograd(loss_fn: Callable[..., tuple[Tensor, Any]], params: P, batch: tuple[Any, ...]) -> tuple[P, Tensor, Any]:
+def _autograd(fn: GradAndValue, params: P, batch: tuple[Any, ...]) -> tuple[P, Tensor, Any]:
     if not torch.compiler.is_compiling() and not tree.eager():
         raise RuntimeError(
             'grad_and_value: the "autograd" backend does not work under `torch.func` transforms. '
             'Set `backend` to "auto" or "func".'
         )
     leaves, spec = tree.flatten(params)
-    with torch.enable_grad():
+    with torch.enable_grad(), getattr(fn.loss_fn, "held", lambda: nullcontext(fn.loss_fn))() as loss_fn:
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        loss, aux = loss_fn(tree.unflatten(spec, leaves, params), *batch)
-        if loss.requires_grad and leaves:
-            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        target, (loss, aux) = fn.evaluate(loss_fn, tree.unflatten(spec, leaves, params), batch)
+        if target.requires_grad and leaves:
+            grads = torch.autograd.grad(target, leaves, materialize_grads=True)
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
     aux = optree.tree_map(Tensor.detach, aux)

@@ -40,6 +40,11 @@ class _Checked:
         checks.function("update", grads_fn=grads_fn)
         self.grads_fn = grads_fn
 
+    def scaled(self, factor: Tensor) -> "_Checked | None":
+        """Returns the same for the loss times a factor, or `None` where the user's function cannot say."""
+        scaled = getattr(self.grads_fn, "scaled", None)
+        return None if scaled is None else _Checked(scaled(factor))
+
     def __call__(self, params: P, *batch: Any) -> tuple[P, Aux]:
         answer = self.grads_fn(params, *batch)
         leaves, spec = tree.flatten(params)

@@ -41,6 +41,15 @@ def eager() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
+def plain(x: Tensor) -> Tensor:
+    """Takes a tensor out of the `torch.func` levels around it; of the members of a batch, all alike, the first."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        batched, axis = torch._C._functorch.is_batchedtensor(x), torch._C._functorch.maybe_get_bdim(x)
+        x = torch._C._functorch.get_unwrapped(x)
+        x = x.select(axis, 0) if batched else x  # which wraps it again where a level is differentiating
+    return x
+
+
 def _differentiating() -> bool:
     # Under the compiler the levels cannot be seen, but there a tensor that `torch.func.grad` tracks does not say so.
     if torch.compiler.is_compiling():
@@ -227,6 +236,14 @@ def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:
     return unflatten(spec, _cast(out, xs), x)
 
 
+def all_finite(x: Tree) -> Tensor:
+    """Tells whether no entry is NaN or infinite, as a boolean of shape ()."""
+    leaves = optree.tree_leaves(x)
+    device = leaves[0].device if leaves else None
+    finite = [leaf.isfinite().all().to(device) for leaf in leaves]
+    return torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool)
+
+
 def where(condition: Tensor, x: P, y: P) -> P:
     """Chooses whole trees by a boolean of shape ()."""
     return map(lambda a, b: torch.where(condition, a, b), x, y)
@@ -278,21 +295,30 @@ def broadcast(prefix: Tree, x: Tree) -> list[Any]:
         raise ValueError(f"tree: a prefix tree must match the structure of `params`, got {prefix!r}: {error}") from None
 
 
+def spread(what: Tree, x: Tree) -> list[Any]:
+    """Spreads a prefix tree, or a function of path and leaf, over the leaves of `x`.
+
+    Args:
+        what: A prefix tree, or a function of path and leaf, where the path is a tuple of keys and indices such as
+            `("layers", 0, "bias")`.
+        x: The tree whose leaves it is spread over.
+    """
+    if not callable(what):
+        return broadcast(what, x)
+    named, leaves, _ = optree.tree_flatten_with_path(x)
+    return [what(path, leaf) for path, leaf in zip(named, leaves, strict=True)]
+
+
 def masks(mask: Mask, x: Tree) -> list[bool]:
     """Spreads a mask over the leaves of `x`; True means that the transform applies.
 
     Args:
-        mask: `None` (every leaf), a prefix tree of booleans, or a function of path and leaf, where the path is a tuple
-            of keys and indices such as `("layers", 0, "bias")`.
+        mask: `None` (every leaf), a prefix tree of booleans, or a function of path and leaf.
         x: The tree whose leaves it is spread over.
     """
     if mask is None:
         return [True] * len(optree.tree_leaves(x))
-    if callable(mask):
-        named, leaves, _ = optree.tree_flatten_with_path(x)
-        chosen = [mask(path, leaf) for path, leaf in zip(named, leaves, strict=True)]
-    else:
-        chosen = broadcast(mask, x)
+    chosen = spread(mask, x)
     for on, path in zip(chosen, checks.paths(x), strict=True):
         if not isinstance(on, bool):
             raise TypeError(f"tree: a `mask` must hold booleans, got {type(on).__name__} at {path}.")

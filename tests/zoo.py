@@ -48,9 +48,10 @@ class Entry(NamedTuple):
         make: Makes the transform from its numbers.
         numbers: Hyperparameters and their values; each may be a number, a tensor of shape () or a schedule.
         claims: Laws that hold.
-        evaluations: Gradients asked for at step 0, 1, ...; the last repeats.
+        evaluations: Gradients asked for at step 0, 1, ...; nothing if that depends on the params.
         size: `T` as a function of the params.
         base: What is left if `rho` is zero.
+        compiles: Whether `torch.compile` takes it as one graph.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Entry(NamedTuple):
     evaluations: tuple[int, ...] = (1, 1)
     size: Callable[[Any], Any] = _ones
     base: Callable[[], fs.Transform] = fs.identity
+    compiles: bool = True
 
     def __call__(self, **numbers):
         """Makes the transform, with some of the numbers replaced."""
@@ -91,6 +93,44 @@ def _climb(rho):
 
 def _even(step):
     return step % 2 == 0
+
+
+def _batched(tx):
+    """The transform on a batch of four examples that a problem, whose loss has none, does not look at."""
+
+    def update(params, grads_fn, state, *batch):
+        return tx.update(params, lambda params, *examples: grads_fn(params), state, torch.arange(4.0), *batch)
+
+    return fs.Transform(tx.init, update)
+
+
+class _Scalable:
+    """Any grads_fn, made to look like one of `grad_and_value`, whose loss can be scaled."""
+
+    def __init__(self, grads_fn, factor=1):
+        self.grads_fn, self.factor = grads_fn, factor
+
+    def scaled(self, factor):
+        return _Scalable(self.grads_fn, factor)
+
+    def __call__(self, params, *batch):
+        grads, aux = self.grads_fn(params, *batch)
+        return tree.scale(self.factor, grads), aux
+
+
+def _scalable(tx):
+    def update(params, grads_fn, state, *batch):
+        return tx.update(params, _Scalable(grads_fn), state, *batch)
+
+    return fs.Transform(tx.init, update)
+
+
+def _label(path, leaf):
+    return "weights" if is_weight(path, leaf) else "others"
+
+
+def _groups(rho, lr):
+    return fs.partition(_label, {"weights": fs.chain(fs.sam(rho), fs.sgd(lr, momentum=0.5)), "others": fs.sgd(0.2)})
 
 
 def _halve(grads, state, params):
@@ -264,6 +304,72 @@ ZOO = [
         C.IDENTITY_AT_ZERO_RHO | C.ROTATIONS | C.PERMUTATIONS | C.RELABELLING,
         (2, 2),
         base=lambda: fs.chain(fs.add_decayed_weights(0.1), fs.clip_by_global_norm(1.3), fs.trace(0.5)),
+    ),
+    Entry(
+        "freeze",
+        (fs.freeze,),
+        lambda: fs.freeze(is_weight),
+        claims=C.LINEAR | C.FIXED_POINT,
+    ),
+    Entry(
+        "masked",
+        (fs.masked,),
+        lambda factor: fs.masked(fs.scale(factor), is_weight),
+        {"factor": -0.7},
+        C.LINEAR | C.FIXED_POINT,
+    ),
+    Entry(
+        "partition",
+        (fs.partition,),
+        _groups,
+        {"rho": 0.25, "lr": 0.1},
+        FAMILY,
+        (),
+        base=lambda: fs.partition(_label, {"weights": fs.sgd(0.1, momentum=0.5), "others": fs.sgd(0.2)}),
+    ),
+    Entry(
+        "microbatch(loop)",
+        (fs.microbatch,),
+        lambda rho: _batched(fs.microbatch(fs.sam(rho), 3, chunk_size=1)),
+        {"rho": 0.25},
+        FAMILY | ISOTROPIC,
+        (6, 6),
+    ),
+    Entry(
+        "microbatch(vmap)",
+        (fs.microbatch,),
+        lambda rho: _batched(fs.chain(fs.microbatch(fs.trace(0.5), 4), fs.sam(rho))),
+        {"rho": 0.25},
+        ISOTROPIC,
+        (2, 2),
+    ),
+    Entry(
+        "ascent_batch",
+        (fs.ascent_batch,),
+        lambda rho: _batched(fs.sharpness_aware(fs.chain(fs.ascent_batch(0.3), _climb(rho)))),
+        {"rho": 0.25},
+        C.SPHERE | FAMILY | ISOTROPIC,
+        (2, 2),
+    ),
+    Entry(
+        "common_randomness",
+        (fs.common_randomness,),
+        lambda rho: fs.chain(fs.common_randomness(), fs.sam(rho)),
+        {"rho": 0.25},
+        C.SPHERE | FAMILY | ISOTROPIC,
+        (2, 2),
+        compiles=False,
+    ),
+    Entry(
+        "dynamic_loss_scale",
+        (fs.dynamic_loss_scale,),
+        lambda rho, lr: _scalable(
+            fs.dynamic_loss_scale(fs.chain(fs.sam(rho), fs.sgd(lr, momentum=0.5)), growth_interval=1)
+        ),
+        {"rho": 0.25, "lr": 0.1},
+        C.SPHERE | C.IDENTITY_AT_ZERO_RHO | C.FIXED_POINT | ISOTROPIC,
+        (2, 2),
+        base=lambda: fs.sgd(0.1, momentum=0.5),
     ),
 ]
 

@@ -1,0 +1,218 @@
+"""Slices of a batch: gradient accumulation, m-sharpness, and an ascent on part of the batch."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import optree
+import torch
+from torch import Tensor
+
+from funcsam import checks, tree
+from funcsam.transform import Aux, GradsFn, State, Transform
+
+P = TypeVar("P")
+InDims = Any
+"""An axis for every argument of the batch, as in `torch.vmap`: a whole number, or a tuple with a whole number, `None`
+(not sliced) or a prefix tree of these for each argument."""
+
+
+class Batch(NamedTuple):
+    """A batch taken apart: its leaves, where each is sliced (`None`: not at all), and how many examples there are."""
+
+    leaves: list[Any]
+    axes: list[int | None]
+    spec: optree.PyTreeSpec
+    size: int
+
+    def put(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Returns a batch of other leaves."""
+        whole: Any = optree.tree_unflatten(self.spec, leaves)
+        return tuple(whole)
+
+    def part(self, start: int, size: int) -> list[Any]:
+        """Returns the leaves of some consecutive examples."""
+        pairs = zip(self.leaves, self.axes, strict=True)
+        return [leaf if axis is None else leaf.narrow(axis, start, size) for leaf, axis in pairs]
+
+
+def taken_apart(where: str, batch: tuple[Any, ...], in_dims: InDims) -> Batch:
+    """Takes a batch apart.
+
+    Raises:
+        TypeError: If what is to be sliced is not a tensor.
+        ValueError: If `in_dims` does not fit the batch, or leaves nothing to slice.
+    """
+    if isinstance(in_dims, tuple) and len(in_dims) != len(batch):
+        raise ValueError(
+            f"{where}: `in_dims` must have one entry per argument of the batch, got {len(in_dims)} for {len(batch)}."
+        )
+    given: Any = batch
+    leaves: list[Any]
+    leaves, spec = optree.tree_flatten(given, none_is_leaf=True)
+    try:
+        axes: list[Any] = optree.broadcast_prefix(in_dims, given, none_is_leaf=True)
+    except ValueError as error:
+        raise ValueError(f"{where}: `in_dims` must fit the batch, got {in_dims}: {error}") from None
+    sizes: dict[int, str] = {}
+    for path, leaf, axis in zip(optree.tree_paths(given, none_is_leaf=True), leaves, axes, strict=True):
+        if axis is None:
+            continue
+        place = f"argument {path[0]}" + "".join(f"[{key!r}]" for key in path[1:])
+        if not isinstance(leaf, Tensor):
+            hint = "Give it None in `in_dims`."
+            raise TypeError(f"{where}: the batch must hold tensors, got {type(leaf).__name__} at {place}. {hint}")
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(f"{where}: `in_dims` must hold whole numbers or None, got {type(axis).__name__}.")
+        if not -leaf.ndim <= axis < leaf.ndim:
+            got = f"{axis} for shape {tuple(leaf.shape)} at {place}"
+            raise ValueError(f"{where}: `in_dims` must be axes of the batch, got {got}.")
+        sizes.setdefault(leaf.shape[axis], place)
+    if not sizes:
+        raise ValueError(
+            f"{where}: the batch must have something to slice, got in_dims {in_dims} for {len(batch)} arguments. "
+            "Pass the batch to `step`, not around it."
+        )
+    if len(sizes) > 1:
+        got = " and ".join(f"{size} at {place}" for size, place in list(sizes.items())[:2])
+        raise ValueError(f"{where}: the batch must have one size along `in_dims`, got {got}.")
+    return Batch(leaves, axes, spec, next(iter(sizes)))
+
+
+def _mean(parts: list[tuple[float, Any]]) -> Any:
+    """Averages the floating-point leaves of trees by their weights; of others it takes the first."""
+    leaves, spec = tree.flatten(parts[0][1])
+    total = [parts[0][0] * _wide(x) if _averaged(x) else x for x in leaves]
+    for weight, part in parts[1:]:
+        pairs = zip(total, tree.flatten(part)[0], strict=True)
+        total = [torch.add(sum_, x, alpha=weight) if _averaged(x) else sum_ for sum_, x in pairs]
+    return optree.tree_unflatten(spec, [sum_.to(x.dtype) for sum_, x in zip(total, leaves, strict=True)])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _averaged(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _flat_mean(stacked: Any) -> Any:
+    """Averages over the leading axis, likewise."""
+    leaves, spec = tree.flatten(stacked)
+    return optree.tree_unflatten(spec, [x.mean(0) if _averaged(x) else x[0] for x in leaves])
+
+
+def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | None = None) -> Transform:
+    """Applies a transform to `m` slices of the batch and averages what comes out.
+
+    `chain(microbatch(identity(), m), sam(rho), ...)` is gradient accumulation: SAM on the gradient of the whole batch.
+    `chain(microbatch(sam(rho), m), ...)` is m-sharpness: one ascent per slice.
+
+    The loss must be a mean over the examples. Updates, and the floating-point leaves of `aux` and of the states, are
+    averaged over the slices, by size where `m` does not divide the batch; of other leaves (counters) the first slice's
+    is kept. So running statistics move by the mean over the slices, and `num_batches_tracked` by one.
+
+    Args:
+        inner: What is applied to each slice.
+        m: Number of slices, at least 1. Slices are consecutive, and differ in size by one example at most.
+        in_dims: The axis of the examples for each argument of the batch, as in `torch.vmap`: `(None, 0, 0)` for
+            `(buffers, x, y)`.
+        chunk_size: How many slices are computed at once by `vmap`; `None` takes all, 1 takes them in a plain loop,
+            in the memory of one.
+
+    Raises:
+        TypeError: If `inner` is not a `Transform`, or what is to be sliced is not a tensor.
+        ValueError: If there are fewer examples than slices, or `in_dims` does not fit the batch.
+
+    >>> from funcsam.transform import identity
+    >>> tx = microbatch(identity(), 2)
+    >>> grads_fn = torch.func.grad(lambda w, x: (w * x).mean())
+    >>> tx.update(torch.tensor(1.0), grads_fn, (), torch.tensor([1.0, 2.0, 6.0]))[0]
+    tensor(3.)
+
+    References:
+        Foret et al., 2021, section 4.1 (m-sharpness).
+    """
+    if not isinstance(inner, Transform):
+        raise TypeError(f"microbatch: `inner` must be a Transform, got {type(inner).__name__}.")
+    checks.count("microbatch", m=m, **({} if chunk_size is None else {"chunk_size": chunk_size}))
+
+    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+        whole = taken_apart("microbatch", batch, in_dims)
+        if m == 1:
+            return inner._update(params, grads_fn, state, *batch)
+        if whole.size < m:
+            raise ValueError(f"microbatch: the batch must have at least {m} examples, one per slice, got {whole.size}.")
+
+        def one(*leaves: Any) -> Any:
+            return inner._update(params, grads_fn, state, *whole.put(leaves))
+
+        answer: tuple[P, State, Aux] = _mean(
+            [
+                (count * size / whole.size, _at_once(one, whole, start, count, size))
+                for start, count, size in _chunks(whole.size, m, chunk_size)
+            ]
+        )
+        return answer
+
+    return Transform(inner._init, update)
+
+
+def _chunks(examples: int, m: int, chunk_size: int | None) -> list[tuple[int, int, int]]:
+    """Lists `(first example, number of slices, examples per slice)` of what is computed at once."""
+    size, longer = divmod(examples, m)
+    chunks, start = [], 0
+    for count, each in ((longer, size + 1), (m - longer, size)):
+        for done in range(0, count, chunk_size or m):
+            now = min(chunk_size or m, count - done)
+            chunks.append((start, now, each))
+            start += now * each
+    return chunks
+
+
+def _at_once(one: Callable[..., Any], whole: Batch, start: int, count: int, size: int) -> Any:
+    part = whole.part(start, count * size)
+    if count == 1:
+        return one(*part)
+    axes = [None if axis is None else axis % leaf.ndim for leaf, axis in zip(part, whole.axes, strict=True)]
+    sliced = [x if axis is None else x.unflatten(axis, (count, size)) for x, axis in zip(part, axes, strict=True)]
+
+    def slices(*moving: Tensor) -> Any:
+        rest = iter(moving)
+        return one(*[x if axis is None else next(rest) for x, axis in zip(sliced, axes, strict=True)])
+
+    moving = [x for x, axis in zip(sliced, axes, strict=True) if axis is not None]
+    in_dims = tuple(axis for axis in axes if axis is not None)
+    return _flat_mean(torch.vmap(slices, in_dims=in_dims, randomness="different")(*moving))
+
+
+def ascent_batch(fraction: float, in_dims: InDims = 0) -> Transform:
+    """Evaluates gradients on the first part of the batch only.
+
+    At the front of an ascent chain it makes the ascent cheaper than the descent:
+    `sharpness_aware(chain(ascent_batch(0.25), normalize(), scale(rho)))` costs 1.25 gradients a step instead of 2. The
+    `aux` of the params is then that of the part.
+
+    Args:
+        fraction: How much of the batch, in (0, 1], rounded up to whole examples.
+        in_dims: The axis of the examples for each argument of the batch, as in `microbatch`.
+
+    Raises:
+        ValueError: If `fraction` is out of range, or `in_dims` does not fit the batch.
+
+    >>> tx = ascent_batch(0.5)
+    >>> tx.update(torch.tensor(1.0), torch.func.grad(lambda w, x: (w * x).mean()), (), torch.tensor([1.0, 3.0]))[0]
+    tensor(1.)
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, float | int):
+        raise TypeError(f"ascent_batch: `fraction` must be a number, got {type(fraction).__name__}.")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"ascent_batch: `fraction` must be in (0, 1], got {fraction}.")
+
+    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+        whole = taken_apart("ascent_batch", batch, in_dims)
+        grads, aux = grads_fn(params, *whole.put(whole.part(0, math.ceil(fraction * whole.size))))
+        return grads, state, aux
+
+    return Transform(lambda params: (), update)

@@ -1,0 +1,337 @@
+"""Many models at once: stacked trees, one entry per member along the first axis, and one vectorised step.
+
+    params, buffers = fs.ensemble.init(build, seeds=range(16))
+    tx = fs.ensemble.vectorize(fs.chain(fs.sam(0.05), fs.sgd(0.1)), in_dims=(0, None, None))
+    state = tx.init(params)
+    params, state, (loss, buffers) = tx.step(params, grads_fn, state, buffers, x, y)
+    logits = fs.ensemble.predict(model, params, buffers, x)
+
+`grads_fn` and `model` are those of one member. `torch.save` and `torch.load` keep an ensemble, whose trees hold nothing
+but tensors; `fs.nn.load(build(), *fs.ensemble.member((params, buffers), 3))` is one of its members as a plain module.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from funcsam import checks, tree
+from funcsam import nn as modules
+from funcsam.batches import taken_apart
+from funcsam.transform import Aux, GradsFn, State, Transform
+
+P = TypeVar("P")
+Randomness = Literal["same", "different", "error"]
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int) -> tuple[Any, Any]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return modules.split(build())
+
+
+def init(build: Callable[[], nn.Module], seeds: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Builds one module per seed and stacks their tensors. Only one module exists at a time.
+
+    The generators of the caller are left as they were.
+
+    Args:
+        build: Builds a module, the same one for the same random numbers.
+        seeds: Member `k` is what `torch.manual_seed(seeds[k]); build()` gives.
+
+    Returns:
+        `(params, buffers)` as `nn.split` returns them; every leaf has a leading axis of `len(seeds)`.
+
+    Raises:
+        ValueError: If there are no seeds, or two modules differ in their names or shapes.
+    """
+    checks.function("init", build=build)
+    if not len(seeds):
+        raise ValueError("init: `seeds` must have at least one seed, got none.")
+    first = _seeded(build, seeds[0])
+    leaves, spec = tree.flatten(first)
+    stacked = [leaf.new_empty((len(seeds), *leaf.shape)) for leaf in leaves]
+    for k, seed in enumerate(seeds):
+        built = _seeded(build, seed) if k else first
+        checks.same("init", f"build() for seed {seed}", built, first, f"build() for seed {seeds[0]}")
+        for whole, leaf in zip(stacked, tree.flatten(built)[0], strict=True):
+            whole[k] = leaf
+    return tree.unflatten(spec, stacked, first)
+
+
+def stack(members: Sequence[P]) -> P:
+    """Puts trees side by side: every leaf gets a leading axis, one entry per member.
+
+    Raises:
+        ValueError: If there are no members, or they differ in structure or shapes.
+
+    >>> stack([{"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)}])
+    {'w': tensor([1., 2.])}
+    """
+    if not len(members):
+        raise ValueError("stack: `members` must have at least one member, got none.")
+    for k, each in enumerate(members):
+        checks.same("stack", f"members[{k}]", each, members[0], "members[0]")
+    spec = tree.flatten(members[0])[1]
+    leaves = zip(*(tree.flatten(each)[0] for each in members), strict=True)
+    return tree.unflatten(spec, [torch.stack(each) for each in leaves], members[0])
+
+
+def unstack(stacked: P) -> list[P]:
+    """Undoes `stack`.
+
+    >>> unstack({"w": torch.tensor([1.0, 2.0])})
+    [{'w': tensor(1.)}, {'w': tensor(2.)}]
+    """
+    return [member(stacked, k) for k in range(size(stacked))]
+
+
+def member(stacked: P, index: int) -> P:
+    """Takes one member out, as a copy.
+
+    Raises:
+        ValueError: If there is no such member.
+    """
+    count = size(stacked)
+    if not -count <= index < count:
+        raise ValueError(f"member: `index` must be less than the {count} members, got {index}.")
+    leaves, spec = tree.flatten(stacked)
+    return tree.unflatten(spec, [leaf[index].clone() for leaf in leaves], stacked)
+
+
+def size(stacked: Any, where: str = "size", what: str = "stacked") -> int:
+    """Returns the number of members.
+
+    Raises:
+        ValueError: If a leaf has no leading axis, or two differ in its length.
+    """
+    checks.tensors(where, what, stacked)
+    sizes: dict[int, str] = {}
+    for path, leaf in zip(checks.paths(stacked), optree.tree_leaves(stacked), strict=True):
+        if not leaf.ndim:
+            raise ValueError(
+                f"{where}: `{what}` must have one entry per member along the first axis, got () at {path}."
+            )
+        sizes.setdefault(leaf.shape[0], path)
+    if len(sizes) != 1:
+        got = " and ".join(f"{n} at {path}" for n, path in list(sizes.items())[:2]) or "no leaves"
+        raise ValueError(f"{where}: `{what}` must have one number of members, got {got}.")
+    return next(iter(sizes))
+
+
+def vectorize(
+    tx: Transform | Callable[..., Transform],
+    hyper: Mapping[str, Any] | None = None,
+    in_dims: Any = 0,
+    chunk_size: int | None = None,
+    randomness: Randomness = "different",
+) -> Transform:
+    """Applies a transform to every member of an ensemble at once.
+
+    `init`, `update` and `step` take stacked trees, and the `grads_fn` of one member. Each member takes the step it
+    would take alone: what happens to one, NaN included, does not reach the others.
+
+    Args:
+        tx: A transform, or with `hyper` a function that makes one.
+        hyper: Hyperparameters that differ between the members, stacked: `{"rho": torch.tensor([0.05, 0.1])}` for
+            `lambda rho: chain(sam(rho), sgd(0.1))`. A sweep is one run.
+        in_dims: The axis of the members for each argument of the batch, as in `torch.vmap`: 0 for buffers and for
+            batches of their own, `None` for a batch that they share.
+        chunk_size: How many members are computed at once; `None` takes all. Fewer take less memory for activations; 1
+            takes them in a plain loop, for modules that `vmap` cannot batch and for activation checkpointing.
+        randomness: Whether members draw different random numbers (dropout masks), the same, or none.
+
+    Raises:
+        TypeError: If `tx` is not a `Transform`, or with `hyper` not a function.
+        ValueError: If the numbers of members differ.
+
+    >>> from funcsam.optimizers import sgd
+    >>> tx = vectorize(lambda lr: sgd(lr), {"lr": torch.tensor([0.5, 0.25])})
+    >>> w = torch.tensor([2.0, 2.0])
+    >>> tx.step(w, torch.func.grad(lambda w: 0.5 * w**2), tx.init(w))[0]
+    tensor([1.0000, 1.5000])
+    """
+    if hyper is None and not isinstance(tx, Transform):
+        hint = " Give `hyper` for a function that makes one." if callable(tx) else ""
+        raise TypeError(f"vectorize: `tx` must be a Transform, got {type(tx).__name__}.{hint}")
+    if hyper is not None:
+        if isinstance(tx, Transform):
+            raise TypeError("vectorize: `tx` must be a function from `hyper` to a Transform, got a Transform.")
+        checks.function("vectorize", tx=tx)
+        size(dict(hyper), "vectorize", "hyper")
+    if chunk_size is not None:
+        checks.count("vectorize", chunk_size=chunk_size)
+    if randomness not in ("same", "different", "error"):
+        raise ValueError(f'vectorize: `randomness` must be "same", "different" or "error", got {randomness!r}.')
+    numbers = dict(hyper or {})
+    across: dict[str, Any] = {"chunk_size": chunk_size, "randomness": randomness}
+
+    def made(numbers: dict[str, Any]) -> Transform:
+        transform = tx if isinstance(tx, Transform) else tx(**numbers)
+        if not isinstance(transform, Transform):
+            raise TypeError(f"vectorize: `tx` must return a Transform, got {type(transform).__name__}.")
+        return transform
+
+    def members(params: Any) -> None:
+        size((params, numbers) if numbers else params, "vectorize", "params")
+
+    def start(params: Any) -> State:
+        members(params)
+        state = torch.vmap(lambda numbers, params: made(numbers)._init(params), **across)(numbers, params)
+        # What does not depend on the params comes out as one entry seen many times; a compiled step would be traced
+        # again once it is written out.
+        return optree.tree_map(lambda leaf: leaf.contiguous(), state)
+
+    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+        members(params)
+        if isinstance(in_dims, tuple) and len(in_dims) != len(batch):
+            got = f"{len(in_dims)} for {len(batch)}"
+            raise ValueError(f"vectorize: `in_dims` must have one entry per argument of the batch, got {got}.")
+
+        def one(numbers: Any, params: P, state: State, *batch: Any) -> tuple[P, State, Aux]:
+            return made(numbers)._update(params, grads_fn, state, *batch)
+
+        dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(batch)
+        given = (numbers, params, state, *batch)
+        if chunk_size == 1 and randomness != "same":
+            return _looped(one, given, (0, 0, 0, *dims))
+        answer: tuple[P, State, Aux] = torch.vmap(one, in_dims=(0, 0, 0, *dims), **across)(*given)
+        return answer
+
+    return Transform(start, update)
+
+
+def _looped(one: Callable[..., Any], given: tuple[Any, ...], in_dims: tuple[Any, ...]) -> Any:
+    """Does what `vmap` does, one member after the other."""
+    whole = taken_apart("vectorize", given, in_dims)
+    pairs = list(zip(whole.leaves, whole.axes, strict=True))
+    answers = []
+    for k in range(whole.size):
+        own = [leaf if axis is None else leaf.select(axis, k) for leaf, axis in pairs]
+        answers.append(one(*whole.put(own)))
+    return stack(answers)
+
+
+def predict(
+    model: nn.Module, params: Any, buffers: Any, *inputs: Any, in_dims: Any = None, chunk_size: int | None = None
+) -> Any:
+    """Returns the outputs of all members in evaluation mode, shape `(members, ...)`.
+
+    Args:
+        model: The module of one member.
+        params: Stacked, as `init` returns them.
+        buffers: Likewise.
+        *inputs: What the module is called with.
+        in_dims: The axis of the members for each input, as in `torch.vmap`; `None` for inputs that they share.
+        chunk_size: How many members are computed at once; `None` takes all.
+    """
+    size((params, buffers), "predict", "params")
+    dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(inputs)
+    one = torch.vmap(
+        lambda params, buffers, *inputs: modules.predict(model, params, buffers, *inputs),
+        in_dims=(0, 0, *dims),
+        chunk_size=chunk_size,
+    )
+    return one(params, buffers, *inputs)
+
+
+def bootstrap(examples: int, seeds: Sequence[int]) -> Tensor:
+    """Draws for every member as many examples as there are, with replacement.
+
+    Args:
+        examples: Number of training examples.
+        seeds: One per member; the same seed draws the same.
+
+    Returns:
+        Indices, int64 of shape `(members, examples)`: `x[bootstrap(...)]` are the members' own training sets.
+
+    References:
+        Breiman, 1996 (bagging predictors).
+    """
+    checks.count("bootstrap", examples=examples)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randint(examples, (examples,), generator=generator) for generator in generators])
+
+
+def average(logits: Tensor) -> Tensor:
+    """Returns the logarithm of the members' mean probabilities, shape `(examples, classes)`.
+
+    `torch.nn.functional.nll_loss(average(logits), labels)` is the ensemble's negative log-likelihood.
+
+    Args:
+        logits: Shape `(members, examples, classes)`.
+
+    >>> average(torch.tensor([[[0.0, 0.0]], [[100.0, 0.0]]])).exp()
+    tensor([[0.7500, 0.2500]])
+
+    References:
+        Lakshminarayanan et al., 2017, section 2.4.
+    """
+    _logits("average", logits, 3)
+    return torch.logsumexp(F.log_softmax(logits, -1), 0) - math.log(len(logits))
+
+
+def nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the negative log-likelihood of the members' mean probabilities, in nats per example, shape ().
+
+    Args:
+        logits: Shape `(members, examples, classes)`.
+        labels: int64 of shape `(examples,)`.
+    """
+    return F.nll_loss(average(logits), labels)
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    """Returns the expected calibration error, in [0, 1], shape (): how far confidence is from accuracy.
+
+    `sum_b |B_b| / n |accuracy(B_b) - confidence(B_b)|`, where bin `b` holds the examples whose largest probability lies
+    in `((b - 1) / bins, b / bins]`.
+
+    Args:
+        logits: Shape `(examples, classes)`: logits or log-probabilities, such as `average` returns.
+        labels: int64 of shape `(examples,)`.
+        bins: Number of bins, at least 1.
+
+    References:
+        Guo et al., 2017, equations 2, 3 and 5.
+    """
+    _logits("calibration_error", logits, 2)
+    checks.count("calibration_error", bins=bins)
+    confidence, choice = F.softmax(logits, -1).max(-1)
+    gap = (choice == labels).to(confidence.dtype) - confidence
+    upper = torch.arange(1, bins + 1, device=logits.device) / bins
+    place = torch.bucketize(confidence, upper.to(confidence.dtype)).clamp(max=bins - 1)
+    inside = place[:, None] == torch.arange(bins, device=logits.device)
+    return (inside * gap[:, None]).sum(0).abs().sum() / len(labels)
+
+
+def disagreement(logits: Tensor) -> Tensor:
+    """Returns how often two members predict different classes, the mean over examples and pairs, in [0, 1], shape ().
+
+    Args:
+        logits: Shape `(members, examples, classes)`, of two members at least.
+
+    >>> disagreement(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]]))
+    tensor(0.6667)
+
+    References:
+        Fort et al., 2019, section 4 (disagreement of predictions).
+    """
+    _logits("disagreement", logits, 3)
+    members, _, classes = logits.shape
+    if members < 2:
+        raise ValueError(f"disagreement: `logits` must be those of at least 2 members, got {members}.")
+    votes = F.one_hot(logits.argmax(-1), classes).sum(0).to(logits.dtype)
+    agree = (votes * (votes - 1)).sum(-1) / (members * (members - 1))
+    return 1 - agree.mean()
+
+
+def _logits(where: str, logits: Tensor, ndim: int) -> None:
+    if logits.ndim != ndim:
+        wanted = "(members, examples, classes)" if ndim == 3 else "(examples, classes)"
+        raise ValueError(f"{where}: `logits` must have shape {wanted}, got {tuple(logits.shape)}.")

@@ -1,0 +1,102 @@
+"""The same random numbers for every evaluation of a step."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import optree
+import torch
+from torch import Tensor
+
+from funcsam import tree
+from funcsam.transform import Aux, GradsFn, State, Transform, saveable
+
+P = TypeVar("P")
+
+
+@saveable
+class RandomnessState(NamedTuple):
+    """State of `common_randomness`.
+
+    Attributes:
+        step: Number of updates so far, int64 of shape ().
+        generators: What torch's global generators are set to before an evaluation, by device: uint8 on the CPU.
+    """
+
+    step: Tensor
+    generators: dict[str, Tensor]
+
+
+def _generator(device: str) -> tuple[Any, tuple[str, ...]]:
+    """Returns the module whose `get_rng_state` and `set_rng_state` are meant, and their last argument."""
+    kind = torch.device(device).type
+    return (torch, ()) if kind == "cpu" else (torch.get_device_module(kind), (device,))
+
+
+def _read(devices: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for device in devices:
+        module, where = _generator(device)
+        found[device] = module.get_rng_state(*where)
+    return found
+
+
+def _write(generators: dict[str, Tensor]) -> None:
+    for device, state in generators.items():
+        module, where = _generator(device)
+        module.set_rng_state(tree.plain(state.cpu()), *where)
+
+
+@contextlib.contextmanager
+def _forked(generators: dict[str, Tensor]) -> Iterator[None]:
+    """Lets the global generators go on from the given states, and puts them back afterwards."""
+    before = _read(generators)
+    try:
+        _write(generators)
+        yield
+    finally:
+        _write(before)
+
+
+def common_randomness(seed: int = 0) -> Transform:
+    """Lets every evaluation of a step see the same random numbers: one set of dropout masks for `w` and `w + e`.
+
+    `chain(common_randomness(seed), sam(rho), ...)`. The state of torch's global generators (of the CPU and of the
+    devices of the params) lives in the state of the transform: the next step draws anew, a resumed run draws what it
+    would have drawn, and the generators of the caller are left alone. Without it evaluations are independent.
+
+    Under `vmap` the members share one generator; `randomness` of `vmap` says whether they draw the same or not.
+    Compiled code draws from a generator of its own, so this works in eager code only.
+
+    Args:
+        seed: Where the generators start.
+
+    Raises:
+        TypeError: If `seed` is not a whole number.
+        RuntimeError: When it is compiled.
+
+    References:
+        Foret et al., 2021: their code evaluates both gradients with one dropout key.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"common_randomness: `seed` must be a whole number, got {type(seed).__name__}.")
+
+    def init(params: Any) -> RandomnessState:
+        devices = {str(leaf.device) for leaf in optree.tree_leaves(params)}
+        if "meta" in devices:
+            return RandomnessState(tree.counter(params), {})
+        states = {device: torch.Generator(device).manual_seed(seed).get_state() for device in sorted(devices | {"cpu"})}
+        return RandomnessState(tree.counter(params), states)
+
+    def update(params: P, grads_fn: GradsFn, state: RandomnessState, *batch: Any) -> tuple[P, State, Aux]:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "common_randomness: must run eagerly, got a call that is being compiled. "
+                "Leave it out of compiled steps: there evaluations draw independently."
+            )
+        with _forked(state.generators):
+            grads, aux = grads_fn(params, *batch)
+            after = _read(state.generators)
+        return grads, RandomnessState(state.step + 1, after), aux
+
+    return Transform(init, update)
