@@ -100,7 +100,7 @@ def _averaged(x: Tensor) -> bool:
 def _flat_mean(stacked: Any) -> Any:
     """Averages over the leading axis, likewise."""
     leaves, spec = tree.flatten(stacked)
-    return optree.tree_unflatten(spec, [x.mean(0) if _averaged(x) else x[0] for x in leaves])
+    return optree.tree_unflatten(spec, [x.mean(0) if _averaged(x) else x[0].clone() for x in leaves])
 
 
 def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | None = None) -> Transform:
@@ -119,7 +119,7 @@ def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | 
         in_dims: The axis of the examples for each argument of the batch, as in `torch.vmap`: `(None, 0, 0)` for
             `(buffers, x, y)`.
         chunk_size: How many slices are computed at once by `vmap`; `None` takes all, 1 takes them in a plain loop,
-            in the memory of one.
+            in the memory of one and for modules that `vmap` cannot batch.
 
     Raises:
         TypeError: If `inner` is not a `Transform`, or what is to be sliced is not a tensor.

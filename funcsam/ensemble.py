@@ -199,8 +199,9 @@ def vectorize(
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(batch)
         given = (numbers, params, state, *batch)
         if chunk_size == 1 and randomness != "same":
-            return _looped(one, given, (0, 0, 0, *dims))
-        answer: tuple[P, State, Aux] = torch.vmap(one, in_dims=(0, 0, 0, *dims), **across)(*given)
+            answer: tuple[P, State, Aux] = _looped(one, given, (0, 0, 0, *dims))
+        else:
+            answer = torch.vmap(one, in_dims=(0, 0, 0, *dims), **across)(*given)
         return answer
 
     return Transform(start, update)
@@ -228,16 +229,17 @@ def predict(
         buffers: Likewise.
         *inputs: What the module is called with.
         in_dims: The axis of the members for each input, as in `torch.vmap`; `None` for inputs that they share.
-        chunk_size: How many members are computed at once; `None` takes all.
+        chunk_size: How many members are computed at once; `None` takes all, 1 takes them in a plain loop.
     """
     size((params, buffers), "predict", "params")
-    dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(inputs)
-    one = torch.vmap(
-        lambda params, buffers, *inputs: modules.predict(model, params, buffers, *inputs),
-        in_dims=(0, 0, *dims),
-        chunk_size=chunk_size,
-    )
-    return one(params, buffers, *inputs)
+    dims = (0, 0, *(in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(inputs)))
+
+    def one(params: Any, buffers: Any, *inputs: Any) -> Any:
+        return modules.predict(model, params, buffers, *inputs)
+
+    if chunk_size == 1:
+        return _looped(one, (params, buffers, *inputs), dims)
+    return torch.vmap(one, in_dims=dims, chunk_size=chunk_size)(params, buffers, *inputs)
 
 
 def bootstrap(examples: int, seeds: Sequence[int]) -> Tensor:

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from funcsam import checks, tree
 
@@ -117,6 +119,18 @@ class _Loss(nn.Module):
         return self.loss(self.model, *batch)
 
 
+class _NoBatchNorm(TorchFunctionMode):
+    """Refuses what torch gets wrong: its batching rule of batch normalisation loses a term of the second derivative."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm):
+            raise RuntimeError(
+                "loss_fn: batch normalisation must not be differentiated through `vmap`, got a hyper-gradient of "
+                "vectorised steps, which torch computes wrongly. Use `chunk_size=1`, or `vmap` the hyper-gradient."
+            )
+        return func(*args, **(kwargs or {}))
+
+
 class ModuleLoss:
     """What `loss_fn` returns."""
 
@@ -130,7 +144,8 @@ class ModuleLoss:
         """Returns `(loss, buffers)`, or with `has_aux` `(loss, (buffers, aux))`; the buffers are new ones."""
         values = params | self._fresh(params, buffers, batch)
         places = {place.path: value for name, value in values.items() for place in self._places[name]}
-        answer = torch.func.functional_call(self._whole, places, batch, tie_weights=False)
+        with _NoBatchNorm() if tree.differentiates_vmap() else contextlib.nullcontext():
+            answer = torch.func.functional_call(self._whole, places, batch, tie_weights=False)
         return self._answer(answer, {name: places[self._places[name][0].path] for name in buffers})
 
     @contextlib.contextmanager

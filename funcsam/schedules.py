@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funcsam import checks
 
+Number = float | Tensor
 Schedule = Callable[[Tensor], Any]
 ScalarOrSchedule = float | Tensor | Schedule
 """A number, a tensor of shape (), or a function from the step to either."""
@@ -29,23 +30,23 @@ def _real(step: Tensor) -> Tensor:
     return step.to(torch.float32 if step.device.type == "mps" else torch.float64)
 
 
-def constant(value: float) -> Schedule:
+def constant(value: Number) -> Schedule:
     """Returns `value` at every step.
 
     >>> constant(0.1)(torch.tensor(7)).item()
     0.1
     """
     checks.finite("constant", value=value)
-    return lambda step: torch.full_like(_real(step), value)
+    return lambda step: value * torch.ones_like(_real(step))
 
 
 def step_decay(
-    value: float, total_steps: int, factor: float = 0.2, milestones: Sequence[float] = (0.3, 0.6, 0.8)
+    value: Number, total_steps: int, factor: float = 0.2, milestones: Sequence[float] = (0.3, 0.6, 0.8)
 ) -> Schedule:
     """Multiplies `value` by `factor` at each milestone.
 
     Args:
-        value: Where the schedule starts, non-negative.
+        value: Where the schedule starts: a non-negative number, or a tensor of shape ().
         total_steps: Number of steps in the whole run.
         factor: What each milestone multiplies by, non-negative. 0.2 in the Wide ResNet recipe.
         milestones: Fractions of the run, in [0, 1]. The step `ceil(fraction * total_steps)` is the first decayed one.
@@ -65,7 +66,7 @@ def step_decay(
     starts = [round(fraction * total_steps, 9) for fraction in milestones]
 
     def schedule(step: Tensor) -> Tensor:
-        rate = torch.full_like(_real(step), value)
+        rate = value * torch.ones_like(_real(step))
         for start in starts:
             rate = torch.where(step >= start, rate * factor, rate)
         return rate
@@ -73,11 +74,11 @@ def step_decay(
     return schedule
 
 
-def cosine(value: float, total_steps: int, end: float = 0.0) -> Schedule:
+def cosine(value: Number, total_steps: int, end: float = 0.0) -> Schedule:
     """Goes from `value` to `end` along half a cosine, and stays there: `end + (value - end) (1 + cos(pi t / T)) / 2`.
 
     Args:
-        value: Where the schedule starts, non-negative.
+        value: Where the schedule starts: a non-negative number, or a tensor of shape ().
         total_steps: The step `T` at which it reaches `end`.
         end: Where it ends, non-negative.
 
@@ -97,7 +98,7 @@ def cosine(value: float, total_steps: int, end: float = 0.0) -> Schedule:
     return schedule
 
 
-def warmup_cosine(value: float, warmup_steps: int, total_steps: int, end: float = 0.0) -> Schedule:
+def warmup_cosine(value: Number, warmup_steps: int, total_steps: int, end: float = 0.0) -> Schedule:
     """Rises linearly from 0 to `value` in `warmup_steps`, then follows `cosine` down to `end` at `total_steps`.
 
     Args:

@@ -54,9 +54,25 @@ def _differentiating() -> bool:
     # Under the compiler the levels cannot be seen, but there a tensor that `torch.func.grad` tracks does not say so.
     if torch.compiler.is_compiling():
         return False
-    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(_differentiates(level) for level in _levels())
+
+
+def _levels() -> Sequence[Any]:
+    """Returns the `torch.func` levels, the outermost first."""
+    return torch._C._functorch.get_interpreter_stack() or ()
+
+
+def _differentiates(level: Any) -> bool:
     kinds = torch._C._functorch.TransformType
-    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels)
+    return level.key() in (kinds.Grad, kinds.Jvp)
+
+
+def differentiates_vmap() -> bool:
+    """Tells whether a `vmap` level lies inside a differentiating one (hyper-gradients of an ensemble)."""
+    if eager() or torch.compiler.is_compiling():
+        return False
+    kinds = [_differentiates(level) for level in _levels()]
+    return True in kinds and False in kinds[kinds.index(True) :]
 
 
 def detached(params: P) -> P:

@@ -1,6 +1,7 @@
 """`equal` and `close` compare structure, then dtype and shape, then values, and never broadcast."""
 
 import optree
+import torch
 
 
 def _pairs(got, wanted):
@@ -19,7 +20,7 @@ def equal(got, wanted):
 
 def close(got, wanted, rtol=1e-9):
     """Asserts that no entry differs by more than `rtol (1 + largest entry)`; NaN, inf and -inf must agree."""
-    pairs = _pairs(got, wanted)
+    pairs = [(a.double(), b.double()) if b.dtype is torch.bool else (a, b) for a, b in _pairs(got, wanted)]
     sizes = [b[b.isfinite()].abs().max().item() for _, b in pairs if b.isfinite().any()]
     atol = rtol * (1 + max(sizes, default=0))
     for a, b in pairs:

@@ -113,13 +113,11 @@ class Case(NamedTuple):
 
     Attributes:
         build: Builds it from torch's global generator.
-        func: Whether `torch.func.grad` takes it.
         vmap: Whether `vmap` over its tensors takes it.
         compiles: Whether dynamo traces it as one graph.
     """
 
     build: Callable[[], nn.Module]
-    func: bool = True
     vmap: bool = True
     compiles: bool = True
 
@@ -129,18 +127,18 @@ MODULES = {
     "tied and shared": Case(Tied),
     "frozen": Case(_frozen),
     "batch norm": Case(_norms(lambda: nn.BatchNorm1d(4))),
-    "batch norm, cumulative": Case(_norms(lambda: nn.BatchNorm1d(4, momentum=None))),
+    "batch norm, cumulative": Case(_norms(lambda: nn.BatchNorm1d(4, momentum=None)), vmap=False, compiles=False),
     "batch norm 2d": Case(_images(lambda: nn.BatchNorm2d(4))),
     "instance norm": Case(_images(lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True))),
     "group norm": Case(_images(lambda: nn.GroupNorm(2, 4))),
     "averages": Case(Averages),
     "shadow": Case(Shadow),
-    "spectral norm": Case(_spectral),
-    "spectral norm, hook": Case(_hooked),
-    "lstm": Case(lambda: Recurrent(nn.LSTM)),
-    "gru": Case(lambda: Recurrent(nn.GRU)),
+    "spectral norm": Case(_spectral, vmap=False),
+    "spectral norm, hook": Case(_hooked, vmap=False),
+    "lstm": Case(lambda: Recurrent(nn.LSTM), compiles=False),
+    "gru": Case(lambda: Recurrent(nn.GRU), compiles=False),
     "attention": Case(Words),
-    "sparse embedding": Case(lambda: Words(sparse=True)),
+    "sparse embedding": Case(lambda: Words(sparse=True), vmap=False, compiles=False),
 }
 
 

@@ -1,0 +1,370 @@
+"""Ensembles: every member takes the steps it would take alone."""
+
+import gc
+import io
+import math
+import weakref
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import funcsam as fs
+from tests.asserts import close, equal
+from tests.modules import MODULES, Recurrent, batches, built, loss, pure_loop, sam
+from tests.strategies import ensembles, reals, structural, tensors, trees
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # where `vmap` loops itself
+SEEDS = (3, 1, 2)
+batched = pytest.mark.parametrize("name", [name for name, case in MODULES.items() if case.vmap])
+every = pytest.mark.parametrize("name", MODULES)
+
+
+def build(name):
+    """What makes one member."""
+    return lambda: MODULES[name].build().double()
+
+
+def together(name, tx=None, data=None, dims=(0, None, None), trees=None, **options):
+    """Three steps of all members: `(params, buffers, losses)`."""
+    many = fs.ensemble.vectorize(sam() if tx is None else tx, in_dims=dims, **options)
+    trees = fs.ensemble.init(build(name), SEEDS) if trees is None else trees
+    return pure_loop(built(MODULES[name]), batches() if data is None else data, tx=many, trees=trees)
+
+
+def alone(name, **options):
+    """The same, member by member."""
+    runs = []
+    for seed in SEEDS:
+        params, buffers, losses = pure_loop(built(MODULES[name], seed), batches(), **options)
+        runs.append((params, buffers, torch.stack(losses)))
+    params, buffers, losses = fs.ensemble.stack(runs)
+    return params, buffers, list(losses.T)
+
+
+@batched
+def test_an_ensemble_is_a_loop_over_its_members(name):
+    """Params, buffers and losses, from the same seeds, on a batch that they share."""
+    close(together(name), alone(name), rtol=1e-7)
+
+
+@every
+def test_an_ensemble_without_vmap(name):
+    """`chunk_size=1` takes whatever module there is."""
+    close(together(name, chunk_size=1), alone(name), rtol=1e-7)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 3, 5])
+def test_chunk_size_changes_nothing(chunk_size):
+    close(together("batch norm", chunk_size=chunk_size), together("batch norm"), rtol=1e-7)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_batches_of_their_own(chunk_size):
+    """Along any axis, for each argument."""
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        (torch.randn(5, 3, 4, generator=generator, dtype=torch.float64), torch.randint(4, (3, 5), generator=generator))
+        for _ in range(3)
+    ]
+    params, buffers, losses = together("batch norm", data=data, dims=(0, 1, 0), chunk_size=chunk_size)
+    for k, seed in enumerate(SEEDS):
+        own = [(x[:, k], y[k]) for x, y in data]
+        wanted = pure_loop(built(MODULES["batch norm"], seed), own)
+        close(fs.ensemble.member((params, buffers), k), wanted[:2], rtol=1e-7)
+        close(torch.stack(losses)[:, k], torch.stack(wanted[2]), rtol=1e-7)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_a_sweep_is_one_run(chunk_size):
+    """Each member has a radius and a learning rate of its own."""
+    hyper = {"rho": torch.tensor([0.0, 0.1, 0.5]), "lr": torch.tensor([0.1, 0.05, 0.2], dtype=torch.float64)}
+    chain = lambda rho, lr: fs.chain(fs.sam(rho), fs.sgd(lr, momentum=0.9))  # noqa: E731
+    many = fs.ensemble.vectorize(chain, hyper, in_dims=(0, None, None), chunk_size=chunk_size)
+    params, _, _ = pure_loop(
+        built(MODULES["batch norm"]), batches(), tx=many, trees=fs.ensemble.init(build("batch norm"), SEEDS)
+    )
+    for k, seed in enumerate(SEEDS):
+        tx = chain(*(values[k].item() for values in hyper.values()))
+        close(
+            fs.ensemble.member(params, k), pure_loop(built(MODULES["batch norm"], seed), batches(), tx=tx)[0], rtol=1e-6
+        )
+
+
+def test_a_schedule_swept():
+    """A schedule may start from a number of each member's own."""
+    lrs = torch.tensor([0.1, 0.4], dtype=torch.float64)
+    for schedule in (
+        fs.constant,
+        lambda lr: fs.cosine(lr, 4),
+        lambda lr: fs.step_decay(lr, 4),
+        lambda lr: fs.warmup_cosine(lr, 1, 4),
+    ):
+        many = fs.ensemble.vectorize(lambda lr, schedule=schedule: fs.sgd(schedule(lr)), {"lr": lrs})
+        w, state = torch.ones(2, dtype=torch.float64), many.init(torch.ones(2, dtype=torch.float64))
+        for _ in range(3):
+            w, state, _ = many.step(w, lambda w: w, state)
+        wanted = torch.ones(2, dtype=torch.float64)
+        for k in range(3):
+            wanted = wanted - torch.stack([schedule(lr.item())(torch.tensor(k)) for lr in lrs]) * wanted
+        close(w, wanted)
+
+
+@batched
+def test_one_member_going_nan_leaves_the_others(name):
+    """As they were, to rounding."""
+    trees = fs.ensemble.init(build(name), SEEDS)
+    poisoned = optree.tree_map(lambda leaf: leaf.clone().index_fill_(0, torch.tensor([1]), torch.nan), trees[0])
+    after, before = together(name, trees=(poisoned, trees[1])), together(name)
+    for k in (0, 2):
+        close(fs.ensemble.member(after[:2], k), fs.ensemble.member(before[:2], k), rtol=1e-12)
+
+
+def test_init_is_the_seeds_modules_and_leaves_the_generator_alone():
+    before = torch.get_rng_state()
+    params, buffers = fs.ensemble.init(build("batch norm"), SEEDS)
+    equal(torch.get_rng_state(), before)
+    for k, seed in enumerate(SEEDS):
+        equal(fs.ensemble.member((params, buffers), k), fs.nn.split(built(MODULES["batch norm"], seed)))
+
+
+def test_init_holds_one_module_at_a_time():
+    alive, most = weakref.WeakSet(), []
+
+    def one():
+        gc.collect()
+        most.append(len(alive))
+        module = nn.Linear(2, 2)
+        alive.add(module)
+        return module
+
+    fs.ensemble.init(one, range(5))
+    assert max(most) == 0
+
+
+@given(members=trees().flatmap(lambda tree: st.integers(1, 4).map(lambda n: [tree] * n)))
+@structural
+def test_unstack_undoes_stack(members):
+    equal(fs.ensemble.unstack(fs.ensemble.stack(members)), members)
+
+
+@given(ensemble=ensembles())
+@structural
+def test_members_come_out_as_they_went_in(ensemble):
+    stacked = fs.ensemble.stack(ensemble.members)
+    assert fs.ensemble.size(stacked) == 3
+    equal(fs.ensemble.unstack(stacked), ensemble.members)
+    equal(fs.ensemble.member(stacked, -1), ensemble.members[2])
+
+
+def test_save_load_and_take_one_out(tmp_path):
+    """An ensemble goes on from a file exactly, and a member is a plain module."""
+    model = built(MODULES["batch norm"])
+    many = fs.ensemble.vectorize(sam(), in_dims=(0, None, None))
+    grads_fn = fs.grad_and_value(fs.nn.loss_fn(model, loss), has_aux=True)
+    params, buffers = fs.ensemble.init(build("batch norm"), SEEDS)
+    state = many.init(params)
+    runs = []
+    for batch in batches():
+        runs.append((params, buffers, state))
+        params, state, (_, buffers) = many.step(params, grads_fn, state, buffers, *batch)
+    torch.save(runs[1], file := io.BytesIO())
+    file.seek(0)
+    w, b, s = torch.load(file, weights_only=True)
+    for batch in batches()[1:]:
+        w, s, (_, b) = many.step(w, grads_fn, s, b, *batch)
+    equal((w, b, s), (params, buffers, state))
+
+    module = fs.nn.load(build("batch norm")(), *fs.ensemble.member((params, buffers), 1)).eval()
+    x = batches()[0][0]
+    close(module(x).detach(), fs.ensemble.predict(model, params, buffers, x)[1], rtol=1e-9)
+
+
+@every
+def test_predictions_of_all_members(name):
+    """In evaluation mode, on inputs that they share or not, in chunks or not."""
+    model = built(MODULES[name])
+    params, buffers = fs.ensemble.init(build(name), SEEDS)
+    x = batches()[0][0]
+    wanted = torch.stack([built(MODULES[name], seed).eval()(x).detach() for seed in SEEDS])
+    for size in (None, 1, 2):
+        if size == 1 or (
+            MODULES[name].vmap and not isinstance(model, Recurrent)
+        ):  # `vmap` has no rule for their kernels in evaluation mode
+            close(fs.ensemble.predict(model, params, buffers, x, chunk_size=size), wanted)
+            own = torch.stack([x] * 3)
+            close(fs.ensemble.predict(model, params, buffers, own, in_dims=0, chunk_size=size), wanted)
+
+
+def test_dropout_differs_between_members_unless_it_is_to_be_the_same():
+    model = nn.Dropout(0.5)
+    evaluate = fs.nn.loss_fn(model, lambda model, x: model(x).sum())
+    grads_fn = lambda w: (w, evaluate({}, {}, torch.ones(64))[0])  # noqa: E731
+    for randomness in ("same", "different"):
+        many = fs.ensemble.vectorize(fs.identity(), randomness=randomness)
+        losses = many.update(torch.ones(4, 1), grads_fn, ())[2]
+        assert (losses == losses[0]).all() == (randomness == "same")
+    with pytest.raises(RuntimeError, match="randomness"):
+        fs.ensemble.vectorize(fs.identity(), randomness="error").update(torch.ones(4, 1), grads_fn, ())
+
+
+def test_the_state_is_written_out():
+    """A counter is not one entry seen many times, which a compiled step would be traced again for."""
+    many = fs.ensemble.vectorize(fs.chain(fs.sam(), fs.sgd(momentum=0.9)))
+    state = many.init({"w": torch.ones(3, 2)})
+    assert all(leaf.is_contiguous() and leaf.stride(0) for leaf in optree.tree_leaves(state))
+
+
+def test_bootstrap_draws_with_replacement():
+    index = fs.ensemble.bootstrap(1000, [0, 1, 0])
+    assert (index.shape, index.dtype) == ((3, 1000), torch.int64)
+    assert ((index >= 0) & (index < 1000)).all()
+    equal(index[0], index[2])
+    assert (index[0] != index[1]).any()
+    share = len(index[0].unique()) / 1000
+    assert abs(share - (1 - 1 / math.e)) < 0.05
+
+
+logits = st.integers(1, 4).flatmap(lambda n: st.integers(1, 5).flatmap(lambda m: tensors((n, m, 3))))
+
+
+@given(logits=logits)
+def test_the_average_is_that_of_the_probabilities(logits):
+    close(fs.ensemble.average(logits).exp(), logits.softmax(-1).mean(0))
+
+
+@given(logits=logits, data=st.data())
+def test_negative_log_likelihood(logits, data):
+    """`-log p(label)`, the mean over the examples; for one member it is cross-entropy."""
+    labels = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=logits.shape[1], max_size=logits.shape[1])))
+    p = logits.softmax(-1).mean(0)
+    close(fs.ensemble.nll(logits, labels), -torch.log(p[torch.arange(len(labels)), labels]).mean())
+    close(fs.ensemble.nll(logits[:1], labels), F.cross_entropy(logits[0], labels))
+
+
+def oracle(probabilities, labels, bins):
+    """Guo et al., 2017, equations 2, 3 and 5, example by example; bins are ((m - 1)/M, m/M]."""
+    total = 0.0
+    for m in range(1, bins + 1):
+        hits, confidences = [], []
+        for p, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
+            if (m - 1) / bins < max(p) <= m / bins:
+                hits.append(float(p.index(max(p)) == label))
+                confidences.append(max(p))
+        if hits:
+            accuracy, confidence = sum(hits) / len(hits), sum(confidences) / len(hits)
+            total += len(hits) / len(labels) * abs(accuracy - confidence)
+    return total
+
+
+@given(
+    logits=tensors((6, 3), elements=reals),
+    labels=st.lists(st.integers(0, 2), min_size=6, max_size=6),
+    bins=st.integers(1, 20),
+)
+def test_calibration_error(logits, labels, bins):
+    """Equal to the definition, also for log-probabilities."""
+    labels = torch.tensor(labels)
+    wanted = torch.tensor(oracle(logits.softmax(-1), labels, bins), dtype=torch.float64)
+    close(fs.ensemble.calibration_error(logits, labels, bins), wanted)
+    close(fs.ensemble.calibration_error(logits.log_softmax(-1), labels, bins), wanted, rtol=1e-6)
+
+
+def test_calibration_error_in_closed_form():
+    """Sure and right half of the time is off by a half; sure and right always is not off."""
+    sure = torch.tensor([[100.0, 0.0]] * 4)
+    assert fs.ensemble.calibration_error(sure, torch.tensor([0, 1, 0, 1])) == 0.5
+    assert fs.ensemble.calibration_error(sure, torch.zeros(4, dtype=torch.int64)) == 0
+    rows = torch.stack([sure, -sure])
+    each = torch.vmap(fs.ensemble.calibration_error, in_dims=(0, None))(rows, torch.zeros(4, dtype=torch.int64))
+    equal(each, torch.tensor([0.0, 1.0]))
+
+
+@given(logits=st.integers(2, 4).flatmap(lambda n: tensors((n, 5, 3))))
+def test_disagreement_counts_pairs(logits):
+    """The mean over pairs of members and examples of "they differ"."""
+    choice = logits.argmax(-1)
+    n = len(choice)
+    pairs = [(choice[i] != choice[j]).double().mean() for i in range(n) for j in range(i)]
+    close(fs.ensemble.disagreement(logits), torch.stack(pairs).mean())
+
+
+W = torch.ones(3, 2)
+BAD = [
+    (lambda: fs.ensemble.init(nn.Identity, []), ValueError, "init: `seeds` must have at least one seed, got none."),
+    (lambda: fs.ensemble.init(3, [0]), TypeError, "init: `build` must be a function, got int."),
+    (lambda: fs.ensemble.stack([]), ValueError, "stack: `members` must have at least one member, got none."),
+    (
+        lambda: fs.ensemble.stack([{"w": W}, {"v": W}]),
+        ValueError,
+        "stack: `members[1]` must have the structure of `members[0]`, got no leaf at ['w'].",
+    ),
+    (lambda: fs.ensemble.member(W, 3), ValueError, "member: `index` must be less than the 3 members, got 3."),
+    (lambda: fs.ensemble.size(()), ValueError, "must have one number of members, got no leaves."),
+    (lambda: fs.ensemble.vectorize(0.1), TypeError, "vectorize: `tx` must be a Transform, got float."),
+    (lambda: fs.ensemble.vectorize(fs.sam), TypeError, "got function. Give `hyper` for a function that makes one."),
+    (
+        lambda: fs.ensemble.vectorize(fs.sam(), {"rho": W}),
+        TypeError,
+        "vectorize: `tx` must be a function from `hyper` to a Transform, got a Transform.",
+    ),
+    (
+        lambda: fs.ensemble.vectorize(fs.sam, {"rho": torch.tensor(0.1)}),
+        ValueError,
+        "vectorize: `hyper` must have one entry per member along the first axis, got () at ['rho'].",
+    ),
+    (
+        lambda: fs.ensemble.vectorize(fs.sam, {"rho": [0.1, 0.2]}),
+        TypeError,
+        "vectorize: `hyper` must hold tensors only, got float at ['rho'][0].",
+    ),
+    (
+        lambda: fs.ensemble.vectorize(fs.sam, {"rho": torch.ones(2)}).init(W),
+        ValueError,
+        "vectorize: `params` must have one number of members, got 3 at [0] and 2 at [1]['rho'].",
+    ),
+    (
+        lambda: fs.ensemble.vectorize(lambda rho: rho, {"rho": torch.ones(3)}).init(W),
+        TypeError,
+        "vectorize: `tx` must return a Transform, got Tensor.",
+    ),
+    (
+        lambda: fs.ensemble.vectorize(fs.sam(), chunk_size=0),
+        ValueError,
+        "vectorize: `chunk_size` must be at least 1, got 0.",
+    ),
+    (
+        lambda: fs.ensemble.vectorize(fs.sam(), randomness="all"),
+        ValueError,
+        'vectorize: `randomness` must be "same", "different" or "error", got \'all\'.',
+    ),
+    (
+        lambda: fs.ensemble.vectorize(fs.identity(), in_dims=(0, 0)).update(W, lambda w, x: w, (), W),
+        ValueError,
+        "vectorize: `in_dims` must have one entry per argument of the batch, got 2 for 1.",
+    ),
+    (
+        lambda: fs.ensemble.vectorize(fs.identity()).init({"w": W, "b": torch.ones(2)}),
+        ValueError,
+        "vectorize: `params` must have one number of members, got 2 at ['b'] and 3 at ['w'].",
+    ),
+    (lambda: fs.ensemble.average(W), ValueError, "`logits` must have shape (members, examples, classes), got (3, 2)."),
+    (
+        lambda: fs.ensemble.calibration_error(W[None], W),
+        ValueError,
+        "calibration_error: `logits` must have shape (examples, classes), got (1, 3, 2).",
+    ),
+    (lambda: fs.ensemble.disagreement(W[None]), ValueError, "must be those of at least 2 members, got 1."),
+    (lambda: fs.ensemble.bootstrap(0, [1]), ValueError, "bootstrap: `examples` must be at least 1, got 0."),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "text"), BAD, ids=[text for *_, text in BAD])
+def test_bad_arguments_are_refused(make, error, text):
+    with pytest.raises(error) as caught:
+        make()
+    assert text in str(caught.value)
