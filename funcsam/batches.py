@@ -85,7 +85,7 @@ def _mean(parts: list[tuple[float, Any]]) -> Any:
     total = [parts[0][0] * _wide(x) if _averaged(x) else x for x in leaves]
     for weight, part in parts[1:]:
         pairs = zip(total, tree.flatten(part)[0], strict=True)
-        total = [torch.add(sum_, x, alpha=weight) if _averaged(x) else sum_ for sum_, x in pairs]
+        total = [sum_ + weight * _wide(x) if _averaged(x) else sum_ for sum_, x in pairs]
     return optree.tree_unflatten(spec, [sum_.to(x.dtype) for sum_, x in zip(total, leaves, strict=True)])
 
 

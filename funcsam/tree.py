@@ -233,7 +233,7 @@ def add_scaled(x: P, factor: Scalar, y: P, mask: Mask = None) -> P:
 def _add_scaled(x: Tensor, factor: Scalar, y: Tensor) -> Tensor:
     if isinstance(factor, Tensor):
         return x + _scaled(y, factor)
-    return torch.add(x, y, alpha=factor)  # one operation: the compiler copies less
+    return x + factor * y  # not `torch.add(x, y, alpha=factor)`: compiled, it loses `alpha` where `x` is a product
 
 
 def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:

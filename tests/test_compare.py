@@ -132,6 +132,107 @@ def test_a_member_of_the_ensemble_is_the_training_done_alone(finished, spec):
     assert rows["noisy_fit"][-1][seed] == pytest.approx(fit, abs=1e-6)
 
 
+SWEEP = ("--hyper-sweep", "rho=0.05,0.5", "-o", "sgd", "-o", "sam", "-o", "asam:rho=1")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep, with what it printed."""
+    out = tmp_path_factory.mktemp("swept") / "run"
+    code, text, err = ran(*SMALL, *SWEEP, "--epochs", 20, "--out", out)
+    assert code == 0, err
+    return out, text
+
+
+def test_a_sweep_chooses_on_held_out_noisy_labels(swept):
+    out, text = swept
+    content = json.loads((out / "results.json").read_text())
+    (name,) = content["sweeps"]
+    sweep = content["sweeps"][name]
+    errors = [figures["mean"] for figures in sweep["held_out_error"]]
+    chosen = sweep["values"][errors.index(min(errors))]
+    assert (sweep["option"], sweep["values"], sweep["chosen"]) == ("rho", [0.05, 0.5], chosen)
+    assert name == f"sam:rho={chosen:g}"
+    assert list(content["final"]) == ["sgd", name, "asam:rho=1"]
+    assert content["final"][name]["test_error"] == sweep["test_error"][sweep["values"].index(chosen)]
+    assert "(chosen)" in text
+    assert "rho was chosen on 27 training examples with noisy labels" in text
+    assert "never on the test set" in text
+
+
+def test_a_value_of_a_sweep_does_not_depend_on_the_others(swept, tmp_path):
+    """Up to rounding, it is what any other sweep finds for that value."""
+    content = json.loads((swept[0] / "results.json").read_text())["sweeps"]
+    (sweep,) = content.values()
+    for value, figures in zip(sweep["values"], sweep["test_error"], strict=True):
+        other = "1.0" if value != 1.0 else "2.0"
+        arguments = [*SMALL, "--hyper-sweep", f"rho={other},{value}", "-o", "sam", "--epochs", "20"]
+        code, _, err = ran(*arguments, "--out", tmp_path / str(value))
+        assert code == 0, err
+        (again,) = json.loads((tmp_path / str(value) / "results.json").read_text())["sweeps"].values()
+        assert again["test_error"][1]["seeds"] == pytest.approx(figures["seeds"], abs=0.03)
+
+
+def test_held_out_examples_are_not_trained_on(swept):
+    kept, held = data.held_out(133)
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(133))
+    assert len(held) == 27
+    for path in (swept[0] / "checkpoints").glob("*.pt"):
+        run = torch.load(path, weights_only=True)["run"]
+        assert run["held_error"].shape == run["loss"].shape
+        assert (run["held_error"] > 0).any()
+
+
+def test_a_sweep_resumes(swept, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(swept[0], out)
+    before = figures(out)
+    assert cli.run(["compare", *SMALL, *SWEEP, "--epochs", "20", "--out", str(out), "--resume"]) == 0
+    assert figures(out) == before
+
+
+CNN = ("--no-compile", "--seeds", "2", "--network", "cnn-4-8", "-o", "sam:rho=0.2", "--epochs", "2")
+
+
+def test_a_convolutional_net_with_batch_norm(tmp_path):
+    """Trains as the plain loop does, running statistics included; they are what it is evaluated with."""
+    out = tmp_path / "run"
+    code, _, err = ran(*CNN, "--out", out)
+    assert code == 0, err
+    content = json.loads((out / "results.json").read_text())
+    seed, parts = 1, data.load("digits")
+    noisy = data.noisy(parts.y, parts.classes, 0.4, seed)
+    torch.manual_seed(seed)
+    network = networks.cnn((1, 8, 8), (4, 8), 10)
+    steps = len(parts.y) // 64
+    base = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(base, 2 * steps)
+    for epoch in range(2):
+        for index in data.order(len(parts.y), 64, [seed], epoch)[:, 0]:
+            F.cross_entropy(network(parts.x[index]), noisy[index]).backward()
+            grads = [p.grad.clone() for p in network.parameters()]
+            norm = torch.cat([g.flatten() for g in grads]).norm()
+            start = {name: t.clone() for name, t in network.state_dict().items()}
+            with torch.no_grad():
+                for p, g in zip(network.parameters(), grads, strict=True):
+                    p += 0.2 * g / norm
+            base.zero_grad()
+            F.cross_entropy(network(parts.x[index]), noisy[index]).backward()
+            network.load_state_dict(start)
+            base.step()
+            base.zero_grad()
+            schedule.step()
+    network.eval()
+    with torch.no_grad():
+        loss = F.cross_entropy(network(parts.x), noisy).item()
+        wrong = (network(parts.test_x).argmax(-1) != parts.test_y).float().mean().item()
+    assert content["epochs"]["sam:rho=0.2"]["train_loss"][-1][seed] == pytest.approx(loss, rel=1e-3)
+    assert content["epochs"]["sam:rho=0.2"]["test_error"][-1][seed] == pytest.approx(wrong, abs=0.005)
+    before = figures(out)
+    assert cli.run(["compare", *CNN, "--out", str(out), "--resume"]) == 0
+    assert figures(out) == before
+
+
 def interrupted(out, number):
     """Starts a run, sends it a signal once it has written checkpoints, and returns what it said."""
     code = "from funcsam.studies import comparison; comparison.SAVE_EVERY = 0.0"
@@ -189,7 +290,29 @@ BAD = [
     (("-o", "sgd:nesterov=maybe"), "`nesterov` must be true or false, got maybe."),
     (("-o", "sgd", "-o", "sgd"), "compare: every `--optimizer` must be given once, got sgd twice."),
     (("--data", "cifar"), "compare: `--data` must be one of digits, breast-cancer, wine, got cifar."),
-    (("--network", "mlp-0"), "compare: `--network` must be mlp, or mlp-64-64 with widths of your own, got mlp-0."),
+    (
+        ("--network", "mlp-0"),
+        "`--network` must be mlp, cnn, or mlp-64-64 or cnn-16-32 with widths of your own, got mlp-0.",
+    ),
+    (("--network", "cnn"), "compare: `--network` must be mlp where the data are not images, got cnn."),
+    (("--hyper-sweep", "rho"), "compare: `--hyper-sweep` must be written as name=value,value with two values at least"),
+    (
+        ("--hyper-sweep", "rho=0.1"),
+        "`--hyper-sweep` must be written as name=value,value with two values at least, got rho",
+    ),
+    (("--hyper-sweep", "rho=0.1,big"), "`--hyper-sweep` must be written as name=value,value with two values at least"),
+    (("--hyper-sweep", "rho=0.1,0.1"), "every value of `--hyper-sweep` must be given once, got 0.1,0.1."),
+    (("--hyper-sweep", "rho=0.1,-1"), "sam: `rho` must be finite and non-negative, got -1.0."),
+    (
+        ("--hyper-sweep", "nu=0.1,1"),
+        "`--hyper-sweep` must name an option that an `--optimizer` has and does not give itself",
+    ),
+    (("--hyper-sweep", "rho=0.1,1", "-o", "sam:rho=1"), "and does not give itself, got rho."),
+    (("--hyper-sweep", "nesterov=0,1", "-o", "sgd"), "must name an option that an `--optimizer` has"),
+    (
+        ("--hyper-sweep", "rho=0.1,1", "--batch-size", "120"),
+        "`--batch-size` must be at most the 106 training examples, got 120.",
+    ),
     (("--schedule", "linear"), "compare: `--schedule` must be one of constant, step_decay, cosine, got linear."),
     (("--noise", "2"), "compare: `--noise` must be in [0, 1], got 2.0."),
     (("--noise", "abc"), "Invalid value for '--noise': "),
@@ -286,7 +409,7 @@ def test_help_shows_the_defaults(capfd):
 )
 def test_a_spec_is_the_chain_it_names(spec, chain):
     w, grads_fn = torch.tensor([1.0, -2.0]), torch.func.grad(lambda w: (w**3).sum())
-    parsed, written = optimizers.parse(spec, 0.1, "constant", 10), chain(fs.constant(0.1))
+    parsed, written = optimizers.parse(spec, 0.1, "constant", 10).make(), chain(fs.constant(0.1))
     a, b = parsed.init(w), written.init(w)
     for _ in range(3):
         x, a, _ = parsed.update(w, grads_fn, a)

@@ -104,6 +104,27 @@ def test_code_is_built_once():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # inside the compiler
+def test_built_code_keeps_every_factor():
+    """Decay, momentum and averages keep their factors where the compiler fuses them with the product before them."""
+    x, y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4, 2)
+    grads_fn = fs.grad_and_value(lambda w, x, y: ((x @ w - y) ** 2).mean())
+    tx = fs.chain(
+        fs.add_decayed_weights(0.1),
+        fs.microbatch(fs.identity(), 2, chunk_size=1),
+        fs.sam(0.1),
+        fs.sgd(0.1, momentum=0.5, dampening=0.2),
+    )
+    runs = []
+    for step in (torch.compile(tx.step, fullgraph=True), tx.step):
+        w = torch.ones(3, 2)
+        state = tx.init(w)
+        for _ in range(3):
+            w, state, _ = step(w, grads_fn, state, x, y)
+        runs.append((w, state))
+    close(*runs, rtol=1e-5)
+
+
 def test_the_module_is_as_it_was():
     """Tracing leaves nothing of its own in it."""
     model = network()

@@ -11,7 +11,7 @@ import torch
 
 from funcsam.studies.errors import StudyError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write(path: Path, content: bytes) -> None:

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+import funcsam as fs
 from funcsam.studies import checkpoint, data, networks, optimizers, report, training
 from funcsam.studies.errors import StudyError
-from funcsam.studies.training import Problem, Run, Step
+from funcsam.studies.training import Problem, Run, Step, Tensors
 
 SAVE_EVERY = 10.0
 """Seconds between checkpoints, at least."""
@@ -35,6 +36,7 @@ class Settings(NamedTuple):
     schedule: str
     device: str
     compile: bool
+    hyper_sweep: str | None = None
 
     def common(self) -> dict[str, Any]:
         """Returns what must not change between a run and its continuation, as plain values."""
@@ -43,7 +45,8 @@ class Settings(NamedTuple):
     def title(self) -> str:
         """Returns the comparison in one line."""
         noise = f"{100 * self.noise:g} % of the training labels random"
-        return f"{self.data}, {noise}, {self.network}, {self.epochs} epochs, {self.seeds} seeds"
+        sweep = f", {self.hyper_sweep.partition('=')[0]} chosen on held-out noisy labels" if self.hyper_sweep else ""
+        return f"{self.data}, {noise}, {self.network}, {self.epochs} epochs, {self.seeds} seeds{sweep}"
 
 
 def _check(settings: Settings) -> None:
@@ -69,22 +72,42 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _problem(settings: Settings, device: torch.device) -> tuple[Problem, dict[str, Tensor]]:
+def _problem(settings: Settings, device: torch.device) -> tuple[Problem, Tensors, Tensors]:
+    """Returns what is trained on, and the stacked params and buffers of the seeds."""
     parts = data.load(settings.data)
-    if settings.batch_size > len(parts.y):
-        raise StudyError(
-            f"compare: `--batch-size` must be at most the {len(parts.y)} training examples, got {settings.batch_size}."
-        )
     seeds = range(settings.seeds)
     noisy = torch.stack([data.noisy(parts.y, parts.classes, settings.noise, seed) for seed in seeds])
-    build = networks.named(settings.network, parts.x.shape[1], parts.classes)
-    params = networks.ensemble(build, seeds)
+    kept, held = torch.arange(len(parts.y)), torch.arange(0)
+    if settings.hyper_sweep:
+        kept, held = data.held_out(len(parts.y))
+    if settings.batch_size > len(kept):
+        raise StudyError(
+            f"compare: `--batch-size` must be at most the {len(kept)} training examples, got {settings.batch_size}."
+        )
+    build = networks.named(settings.network, parts.x.shape[1], parts.classes, data.SHAPES.get(settings.data))
+    params, buffers = fs.ensemble.init(build, seeds)
+    given = parts._replace(x=parts.x[kept], y=parts.y[kept])
     moved: dict[str, Any] = {
-        name: part.to(device) for name, part in parts._asdict().items() if isinstance(part, Tensor)
+        name: part.to(device) for name, part in given._asdict().items() if isinstance(part, Tensor)
     }
-    parts = parts._replace(**moved)
-    problem = Problem(parts, noisy.to(device), build().to(device), seeds, settings.batch_size)
-    return problem, {name: leaf.to(device) for name, leaf in params.items()}
+    labels = (noisy[:, kept].to(device), parts.x[held].to(device), noisy[:, held].to(device))
+    problem = Problem(given._replace(**moved), *labels, build().to(device), seeds, settings.batch_size)
+    params, buffers = ({name: leaf.to(device) for name, leaf in each.items()} for each in (params, buffers))
+    return problem, params, buffers
+
+
+class Entrant(NamedTuple):
+    """An optimizer of a comparison.
+
+    Attributes:
+        tx: Its chain, for the whole ensemble.
+        problem: What it trains on: with a sweep every seed has a member for each value.
+        values: The values that are swept; empty if none are.
+    """
+
+    tx: fs.Transform
+    problem: Problem
+    values: tuple[float, ...]
 
 
 class Comparison:
@@ -104,12 +127,19 @@ class Comparison:
         _check(settings)
         self.settings, self.out, self.console = settings, out, console
         self.device = _device(settings.device)
-        self.problem, params = _problem(settings, self.device)
-        total = settings.epochs * (len(self.problem.data.y) // settings.batch_size)
-        self.chains = {
-            spec: optimizers.parse(spec, settings.lr, settings.schedule, total) for spec in settings.optimizers
-        }
-        self.runs = {spec: training.start(tx, params) for spec, tx in self.chains.items()}
+        self.swept, self.values = optimizers.sweep(settings.hyper_sweep) if settings.hyper_sweep else ("", ())
+        problem, params, buffers = _problem(settings, self.device)
+        self.entrants = {spec: self._entrant(spec, problem) for spec in settings.optimizers}
+        if self.swept and not any(entrant.values for entrant in self.entrants.values()):
+            raise StudyError(
+                "compare: `--hyper-sweep` must name an option that an `--optimizer` has and does not give itself, "
+                f"got {self.swept}."
+            )
+        self.runs = {}
+        for spec, entrant in self.entrants.items():
+            copies = len(entrant.values) or 1
+            stacked = ({name: torch.cat([leaf] * copies) for name, leaf in each.items()} for each in (params, buffers))
+            self.runs[spec] = training.start(entrant.tx, *stacked)
         self.compiled = dict.fromkeys(self.runs, False)
         self._saved = dict.fromkeys(self.runs, 0)
         if out.exists() and not out.is_dir():
@@ -119,6 +149,17 @@ class Comparison:
         else:
             self._refuse_to_lose()
         checkpoint.probe(out)
+
+    def _entrant(self, spec: str, problem: Problem) -> Entrant:
+        total = self.settings.epochs * (len(problem.data.y) // self.settings.batch_size)
+        maker = optimizers.parse(spec, self.settings.lr, self.settings.schedule, total, self.swept or None)
+        if maker.sweeps is None:
+            return Entrant(training.vectorized(maker.make, None), problem, ())
+        for value in self.values:
+            maker.make(**{maker.sweeps: value})  # refuses what is out of range
+        each = torch.tensor(self.values, device=self.device).repeat_interleave(self.settings.seeds)
+        many = problem.many(len(self.values))
+        return Entrant(training.vectorized(maker.make, {maker.sweeps: each}), many, self.values)
 
     def _path(self, spec: str) -> Path:
         return self.out / "checkpoints" / (re.sub(r"[^A-Za-z0-9._]+", "-", spec) + ".pt")
@@ -163,10 +204,11 @@ class Comparison:
                     f"checkpoint: `{path}` must hold the state of {spec}, got that of another funcsam. "
                     "Delete the file to train that optimizer from the start."
                 )
-            params, state = (
-                optree.tree_map(lambda leaf: leaf.to(self.device), tree) for tree in (run["params"], run["state"])
-            )
-            self.runs[spec] = Run(**{**run, "params": params, "state": state})
+            moved = {
+                name: optree.tree_map(lambda leaf: leaf.to(self.device), run[name])
+                for name in ("params", "buffers", "state")
+            }
+            self.runs[spec] = Run(**{**run, **moved})
             self.compiled[spec] = content["compiled"]
             self._saved[spec] = run["epoch"]
 
@@ -185,7 +227,7 @@ class Comparison:
 
     def _steps(self, bars: "Bars") -> dict[str, Step]:
         """Makes every optimizer's step ready: compiled where asked for and possible, and warm."""
-        plain = {spec: training.stepper(tx, self.problem) for spec, tx in self.chains.items()}
+        plain = {spec: training.stepper(entrant.tx, entrant.problem) for spec, entrant in self.entrants.items()}
         todo = [spec for spec, run in self.runs.items() if run.epoch < self.settings.epochs]
         fast = self._compile(plain, todo, bars) if self.settings.compile else None
         for spec in todo:
@@ -193,15 +235,15 @@ class Comparison:
         if fast is not None:
             return fast
         for spec in todo:
-            training.warm_up(plain[spec], self.runs[spec], self.problem)
+            training.warm_up(plain[spec], self.runs[spec], self.entrants[spec].problem)
         return {spec: plain[spec] for spec in todo}
 
     def _compile(self, plain: dict[str, Step], todo: list[str], bars: "Bars") -> dict[str, Step] | None:
         fast: dict[str, Step] = {}
-        with torch._dynamo.config.patch(recompile_limit=8 + 2 * len(todo)):  # all share the code object of `vmap`
+        with torch._dynamo.config.patch(recompile_limit=8 + 2 * len(todo)):  # all share one code object
             for spec in todo:
                 bars.say(spec, "compiling")
-                step = training.compiled(plain[spec], self.runs[spec], self.problem)
+                step = training.compiled(plain[spec], self.runs[spec], self.entrants[spec].problem)
                 if step is None:
                     self.console.print(
                         "compare: no working C++ compiler was found, so the steps run eagerly and take longer.",
@@ -221,7 +263,7 @@ class Comparison:
                 for spec in steps:
                     if self.runs[spec].epoch > epoch:
                         continue
-                    self.runs[spec] = training.advance(self.runs[spec], steps[spec], self.problem)
+                    self.runs[spec] = training.advance(self.runs[spec], steps[spec], self.entrants[spec].problem)
                     bars.show(spec, self.runs[spec])
                 if time.monotonic() - saved >= SAVE_EVERY:
                     self.save()
@@ -230,19 +272,42 @@ class Comparison:
 
     def report(self) -> None:
         """Writes the files and prints the table."""
-        sharp = {spec: training.sharpness(run.params, self.problem).cpu() for spec, run in self.runs.items()}
-        final = report.summary(self.runs, sharp)
-        content = report.results(self.described(), self.runs, final, self.compiled)
-        report.write(self.out, content, self.settings.title(), self.runs)
+        runs, sharp, sweeps = {}, {}, {}
+        for spec, (_, problem, values) in self.entrants.items():
+            run = self.runs[spec]
+            rise = training.sharpness(run.params, run.buffers, problem).cpu()
+            name, members = spec, slice(None)
+            if values:
+                best = report.best(run, len(values))
+                name = optimizers.with_option(spec, self.swept, values[best])
+                members = slice(best * self.settings.seeds, (best + 1) * self.settings.seeds)
+                sweeps[name] = report.sweep(run, self.swept, values)
+            runs[name], sharp[name] = run.of(members), rise[members]
+        final = report.summary(runs, sharp)
+        compiled = dict(zip(runs, self.compiled.values(), strict=True))
+        content = report.results(self.described(), runs, final, compiled, sweeps)
+        report.write(self.out, content, self.settings.title(), runs, sweeps)
         out = Console()
         out.print(report.table(final, self.settings.title()))
+        for name, each in sweeps.items():
+            out.print(report.sweep_table(each, name))
         out.print(
-            f"Sharpness: L(w + e) - L(w) on the noisy training set, |e| = {training.SHARPNESS_RADIUS}. "
-            "Radii were fixed beforehand, not chosen by test error.",
+            f"Sharpness: L(w + e) - L(w) on the noisy training set, |e| = {training.SHARPNESS_RADIUS}.",
+            self._choices(),
             f"Written: {self.out / 'results.json'}, {self.out / 'comparison.png'}",
             sep="\n",
             soft_wrap=True,
             highlight=False,
+        )
+
+    def _choices(self) -> str:
+        """Says how hyperparameters were chosen."""
+        if not self.swept:
+            return "Radii were fixed beforehand, not chosen by test error."
+        held = len(next(iter(self.entrants.values())).problem.held_x)
+        return (
+            f"{self.swept} was chosen on {held} training examples with noisy labels that no optimizer trained on, "
+            "never on the test set."
         )
 
 
@@ -250,7 +315,7 @@ def _alike(found: Any, fresh: Run) -> bool:
     """Tells whether what a checkpoint holds has the fields, structure and shapes of a run."""
     if not isinstance(found, dict) or set(found) != set(Run._fields):
         return False
-    trees: list[Any] = [(run["params"], run["state"]) for run in (found, fresh._asdict())]
+    trees: list[Any] = [[run[name] for name in ("params", "buffers", "state")] for run in (found, fresh._asdict())]
     ours, theirs = (optree.tree_flatten(each) for each in trees)
     if ours[1] != theirs[1]:
         return False

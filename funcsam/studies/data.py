@@ -17,7 +17,10 @@ LOADERS = {
     "wine": sklearn.datasets.load_wine,
 }
 TEST_FRACTION = 0.25
-_NOISE, _SHUFFLE = 0, 1  # one stream of random numbers each
+SHAPES = {"digits": (1, 8, 8)}
+"""Datasets whose features are the pixels of an image: channels, height, width."""
+HELD_OUT_FRACTION = 0.2
+_NOISE, _SHUFFLE, _HELD_OUT = 0, 1, 2  # one stream of random numbers each
 
 
 class Data(NamedTuple):
@@ -68,6 +71,17 @@ def noisy(y: Tensor, classes: int, noise: float, seed: int) -> Tensor:
     wrong = y.clone()
     wrong[chosen] = torch.from_numpy(stream.integers(0, classes, len(chosen)))
     return wrong
+
+
+def held_out(size: int) -> tuple[Tensor, Tensor]:
+    """Splits the training examples into those trained on and those held out: the same for every seed and optimizer.
+
+    Returns:
+        Indices of the two parts, int64; a fifth is held out.
+    """
+    mixed = torch.from_numpy(np.random.default_rng(_HELD_OUT).permutation(size))
+    count = round(HELD_OUT_FRACTION * size)
+    return mixed[count:].sort().values, mixed[:count].sort().values
 
 
 def order(size: int, batch_size: int, seeds: Sequence[int], epoch: int) -> Tensor:

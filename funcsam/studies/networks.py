@@ -1,4 +1,4 @@
-"""Networks of the studies, and ensembles of them: one stacked leaf per parameter, one member per seed."""
+"""Networks of the studies."""
 
 import itertools
 import re
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from funcsam.studies.errors import StudyError
 
 HIDDEN = (128, 128)
+CHANNELS = (16, 32)
 
 
 def mlp(inputs: int, hidden: Sequence[int], classes: int) -> nn.Sequential:
@@ -25,30 +26,51 @@ def mlp(inputs: int, hidden: Sequence[int], classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 
 
-def named(name: str, inputs: int, classes: int) -> Callable[[], nn.Module]:
-    """Returns the function that builds a network by its name: `mlp` is `mlp-128-128`.
+def cnn(shape: Sequence[int], channels: Sequence[int], classes: int) -> nn.Sequential:
+    """Builds a small convolutional net: 3x3 convolutions, each followed by BatchNorm and ReLU, and a linear layer.
+
+    Every convolution after the first halves the image.
+
+    Args:
+        shape: Channels, height and width of the images, which come as rows of pixels.
+        channels: Channels of each convolution.
+        classes: Number of outputs.
+
+    >>> cnn((1, 8, 8), (4, 8), 10)(torch.zeros(5, 64)).shape
+    torch.Size([5, 10])
+    """
+    inputs, height, width = shape
+    layers: list[nn.Module] = [nn.Unflatten(1, tuple(shape))]
+    for k, outputs in enumerate(channels):
+        stride = 2 if k else 1
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        inputs, height, width = outputs, -(-height // stride), -(-width // stride)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * height * width, classes))
+
+
+def named(name: str, inputs: int, classes: int, shape: Sequence[int] | None = None) -> Callable[[], nn.Module]:
+    """Returns the function that builds a network by its name: `mlp` is `mlp-128-128`, `cnn` is `cnn-16-32`.
+
+    Args:
+        name: `mlp` or `cnn`, and widths of one's own.
+        inputs: Number of features.
+        classes: Number of outputs.
+        shape: Channels, height and width, if the features are the pixels of an image.
 
     Raises:
-        StudyError: If there is no network of that name.
+        StudyError: If there is no network of that name, or it does not fit the data.
     """
-    if not re.fullmatch(r"mlp(-[1-9][0-9]{0,4})*", name):
-        raise StudyError(f"compare: `--network` must be mlp, or mlp-64-64 with widths of your own, got {name}.")
-    hidden = [int(width) for width in name.split("-")[1:]] or HIDDEN
-    return lambda: mlp(inputs, hidden, classes)
-
-
-def ensemble(build: Callable[[], nn.Module], seeds: Sequence[int]) -> dict[str, Tensor]:
-    """Builds one network per seed and stacks their parameters: every leaf gets a leading axis, one entry per seed.
-
-    The generator of the caller is left as it was.
-    """
-    members = []
-    with torch.random.fork_rng(devices=[]):
-        for seed in seeds:
-            torch.manual_seed(seed)
-            members.append(build())
-    params, _ = torch.func.stack_module_state(members)
-    return {name: leaf.detach() for name, leaf in params.items()}
+    if not re.fullmatch(r"(mlp|cnn)(-[1-9][0-9]{0,4})*", name):
+        raise StudyError(
+            f"compare: `--network` must be mlp, cnn, or mlp-64-64 or cnn-16-32 with widths of your own, got {name}."
+        )
+    kind, *parts = name.split("-")
+    widths = [int(width) for width in parts]
+    if kind == "mlp":
+        return lambda: mlp(inputs, widths or HIDDEN, classes)
+    if shape is None:
+        raise StudyError(f"compare: `--network` must be mlp where the data are not images, got {name}.")
+    return lambda: cnn(shape, widths or CHANNELS, classes)
 
 
 class _Block(nn.Module):

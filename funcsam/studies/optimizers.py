@@ -2,20 +2,32 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import funcsam as fs
 from funcsam.studies.errors import StudyError
 
 BASES: dict[str, Callable[..., fs.Transform]] = {"sgd": fs.sgd, "adam": fs.adam, "adamw": fs.adamw}
 METHODS: dict[str, Callable[..., fs.Transform]] = {"sam": fs.sam, "asam": fs.asam}
-SCHEDULES: dict[str, Callable[[float, int], Any]] = {
+SCHEDULES: dict[str, Callable[[Any, int], Any]] = {
     "constant": lambda value, steps: fs.constant(value),
     "step_decay": fs.step_decay,
     "cosine": fs.cosine,
 }
 MOMENTUM = 0.9
 """Momentum of `sgd` where none is given."""
+
+
+class Maker(NamedTuple):
+    """How a chain is made.
+
+    Attributes:
+        make: Takes the swept option by its name, or nothing.
+        sweeps: The option that is swept, if this optimizer has it.
+    """
+
+    make: Callable[..., fs.Transform]
+    sweeps: str | None
 
 
 def _numbers(factory: Callable[..., fs.Transform]) -> dict[str, float | bool]:
@@ -47,8 +59,8 @@ def _options(spec: str, text: str) -> dict[str, str]:
     return options
 
 
-def parse(spec: str, lr: float, schedule: str, total_steps: int) -> fs.Transform:
-    """Turns `name` or `name:option=value,option=value` into a chain.
+def parse(spec: str, lr: float, schedule: str, total_steps: int, sweep: str | None = None) -> Maker:
+    """Turns `name` or `name:option=value,option=value` into a function that makes the chain.
 
     A sharpness-aware method takes its own options, `base` (sgd, adam or adamw; sgd if left out) and those of its base.
     `sgd` takes the learning rate `lr` and momentum 0.9 unless it says otherwise, adam and adamw their own defaults.
@@ -58,6 +70,10 @@ def parse(spec: str, lr: float, schedule: str, total_steps: int) -> fs.Transform
         lr: Learning rate of the optimizers on `sgd`.
         schedule: What every learning rate follows: `constant`, `step_decay` or `cosine`.
         total_steps: Length of the run.
+        sweep: An option that is swept.
+
+    Returns:
+        A function of the swept option, if the optimizer has it and the spec does not give it; of nothing otherwise.
 
     Raises:
         StudyError: If a name is unknown or a value out of range.
@@ -73,18 +89,55 @@ def parse(spec: str, lr: float, schedule: str, total_steps: int) -> fs.Transform
     if base not in BASES:
         raise StudyError(f"{spec}: `base` must be one of {', '.join(BASES)}, got {base}.")
     own, below = _numbers(METHODS[name]) if name in METHODS else {}, _numbers(BASES[base])
+    options_known = own | below
     for option in options:
-        if option not in own and option not in below:
-            known = ", ".join([*own, *(["base"] if own else []), *below])
-            raise StudyError(f"{spec}: an option must be one of {known}, got {option}.")
-    given = {option: _value(spec, option, text, (own | below)[option]) for option, text in options.items()}
-    settings = {"lr": lr, "momentum": MOMENTUM} if base == "sgd" else {"lr": below["lr"]}
-    settings |= {option: value for option, value in given.items() if option in below}
+        if option not in options_known:
+            names = ", ".join([*own, *(["base"] if own else []), *below])
+            raise StudyError(f"{spec}: an option must be one of {names}, got {option}.")
+    given = {option: _value(spec, option, text, options_known[option]) for option, text in options.items()}
+    defaults = {"lr": lr, "momentum": MOMENTUM} if base == "sgd" else {"lr": below["lr"]}
+
+    def make(**swept: Any) -> fs.Transform:
+        chosen = defaults | given | swept
+        try:
+            rate = SCHEDULES[schedule](chosen["lr"], total_steps)
+            optimizer = BASES[base](**{k: v for k, v in chosen.items() if k in below} | {"lr": rate})
+            if name in METHODS:
+                optimizer = fs.chain(METHODS[name](**{k: v for k, v in chosen.items() if k in own}), optimizer)
+        except (TypeError, ValueError) as error:
+            raise StudyError(str(error)) from None
+        return optimizer
+
+    make()
+    has = sweep is not None and sweep not in given and isinstance(options_known.get(sweep), float)
+    return Maker(make, sweep if has else None)
+
+
+def sweep(text: str) -> tuple[str, tuple[float, ...]]:
+    """Reads `name=value,value,...`.
+
+    Raises:
+        StudyError: If it is not written so.
+    """
+    name, equals, values = text.partition("=")
     try:
-        rate = {"lr": SCHEDULES[schedule](settings.pop("lr"), total_steps)}
-        optimizer = BASES[base](**settings, **rate)
-        if name in METHODS:
-            optimizer = fs.chain(METHODS[name](**{k: v for k, v in given.items() if k in own}), optimizer)
-    except (TypeError, ValueError) as error:
-        raise StudyError(str(error)) from None
-    return optimizer
+        numbers = tuple(float(value) for value in values.split(","))
+    except ValueError:
+        numbers = ()
+    if not (name and equals and len(numbers) > 1):
+        raise StudyError(
+            "compare: `--hyper-sweep` must be written as name=value,value with two values at least, "
+            f"got {text or 'nothing'}."
+        )
+    if len(set(numbers)) < len(numbers):
+        raise StudyError(f"compare: every value of `--hyper-sweep` must be given once, got {values}.")
+    return name, numbers
+
+
+def with_option(spec: str, name: str, value: float) -> str:
+    """Returns a spec with one more option.
+
+    >>> with_option("sam:base=adamw", "rho", 0.5), with_option("sam", "rho", 0.5)
+    ('sam:base=adamw,rho=0.5', 'sam:rho=0.5')
+    """
+    return f"{spec}{',' if ':' in spec else ':'}{name}={value:g}"

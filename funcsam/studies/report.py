@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
@@ -29,7 +30,10 @@ DEFINITIONS = {
     "noisy_fit": "fraction of the noisy training labels that are reproduced at the end of the epoch",
     "sharpness": f"L(w + e) - L(w) on the noisy training set, e = {SHARPNESS_RADIUS} g / ||g||, after the last epoch; "
     "memorised labels leave a small gradient and so a small rise",
-    "seconds_per_step": "median over the steps of an epoch, all seeds together; compilation is not among them",
+    "held_out_error": "fraction of the noisy labels held out of the training set that are not predicted, after the "
+    "last epoch; what a sweep chooses by",
+    "seconds_per_step": "median over the steps of an epoch, all seeds together (of a sweep their share); compilation "
+    "is not among them",
     "ratio": "median seconds per step over that of sgd, or of the first optimizer where there is no sgd",
 }
 
@@ -84,7 +88,11 @@ def _versions() -> dict[str, str]:
 
 
 def results(
-    settings: dict[str, Any], runs: dict[str, Run], final: dict[str, Any], compiled: dict[str, bool]
+    settings: dict[str, Any],
+    runs: dict[str, Run],
+    final: dict[str, Any],
+    compiled: dict[str, bool],
+    sweeps: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Returns everything that `results.json` holds."""
     epochs = {
@@ -103,13 +111,33 @@ def results(
         "machine": _machine(),
         "definitions": DEFINITIONS,
         "final": final,
+        "sweeps": sweeps,
         "epochs": epochs,
     }
 
 
-def write(out: Path, content: dict[str, Any], title: str, runs: dict[str, Run]) -> None:
+def best(run: Run, values: int) -> int:
+    """Returns which value of a sweep has the smallest held-out error, the mean over the seeds."""
+    return int(run.held_error[-1].view(values, -1).mean(1).argmin())
+
+
+def sweep(run: Run, name: str, values: Sequence[float]) -> dict[str, Any]:
+    """Returns the final figures of every value of a sweep."""
+    held, test = (rows[-1].view(len(values), -1) for rows in (run.held_error, run.test_error))
+    return {
+        "option": name,
+        "values": list(values),
+        "chosen": values[best(run, len(values))],
+        "held_out_error": [_figures(row) for row in held],
+        "test_error": [_figures(row) for row in test],
+    }
+
+
+def write(
+    out: Path, content: dict[str, Any], title: str, runs: dict[str, Run], sweeps: dict[str, dict[str, Any]]
+) -> None:
     """Writes the picture, then `results.json`: where that exists, the run is complete."""
-    checkpoint.write(out / "comparison.png", picture(runs, title))
+    checkpoint.write(out / "comparison.png", picture(runs, title, sweeps))
     checkpoint.write(out / "results.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -141,16 +169,33 @@ def table(final: dict[str, dict[str, Any]], title: str) -> Table:
     return shown
 
 
+def sweep_table(sweep: dict[str, Any], name: str) -> Table:
+    """Returns the table of a sweep."""
+    shown = Table(title=f"{name}, from the sweep", title_justify="left")
+    shown.add_column(sweep["option"], no_wrap=True)
+    for heading in ("held-out error\n%, noisy labels", "test error\n%, clean"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for value, held, test in zip(sweep["values"], sweep["held_out_error"], sweep["test_error"], strict=True):
+        mark = " (chosen)" if value == sweep["chosen"] else ""
+        shown.add_row(f"{value:g}{mark}", _cell(held, 100, 1), _cell(test, 100, 1))
+    return shown
+
+
 def _errors(values: Tensor) -> tuple[Tensor, Tensor]:
     mean = 100 * values.mean(-1)
     return mean, 100 * values.std(-1) / math.sqrt(values.shape[-1]) if values.shape[-1] > 1 else torch.zeros_like(mean)
 
 
-def picture(runs: dict[str, Run], title: str) -> bytes:
-    """Draws test error over epochs, and the final errors with every seed, as PNG; readable in black and white."""
-    figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained")
+def picture(runs: dict[str, Run], title: str, sweeps: dict[str, dict[str, Any]] | None = None) -> bytes:
+    """Draws test error over epochs, and the final errors with every seed, as PNG; readable in black and white.
+
+    With a sweep, a third panel shows held-out and test error against the swept values.
+    """
+    figure = Figure(figsize=(15 if sweeps else 10, 4.4), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=10)
-    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    curves, bars, *more = figure.subplots(1, 3 if sweeps else 2, width_ratios=(3, 2, 3) if sweeps else (3, 2))
+    if sweeps:
+        _sweep_panel(more[0], sweeps, [f"C{k}" for k, name in enumerate(runs) if name in sweeps])
     for k, (name, run) in enumerate(runs.items()):
         colour, epochs = f"C{k}", range(1, run.epoch + 1)
         mean, error = _errors(run.test_error)
@@ -185,6 +230,31 @@ def picture(runs: dict[str, Run], title: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _sweep_panel(panel: Axes, sweeps: dict[str, dict[str, Any]], colours: Sequence[str]) -> None:
+    kinds = (("held_out_error", "held-out, noisy", "-", "o"), ("test_error", "test, clean", "--", "s"))
+    ticks = sorted({value for each in sweeps.values() for value in each["values"]})
+    for (name, each), colour in zip(sweeps.items(), colours, strict=True):
+        for key, label, line, marker in kinds:
+            means = [_percent(figures["mean"]) for figures in each[key]]
+            spreads = [_percent(figures["standard_error"] or 0.0) for figures in each[key]]
+            places = [ticks.index(value) for value in each["values"]]
+            text = f"{name.partition(':')[0]}: {label}"
+            panel.errorbar(
+                places, means, spreads, color=colour, linestyle=line, marker=marker, markersize=4, capsize=3, label=text
+            )
+        panel.axvline(ticks.index(each["chosen"]), color=colour, linewidth=1, linestyle=":")
+    option = next(iter(sweeps.values()))["option"]
+    panel.set(xlabel=option, ylabel="error after the last epoch, %", ylim=(0, None))
+    panel.set_xticks(range(len(ticks)), [f"{value:g}" for value in ticks])
+    panel.set_title("mean and standard error over the seeds; dotted: chosen", fontsize=9)
+    panel.legend(frameon=False, fontsize=8)
+    panel.grid(alpha=0.3)
+
+
+def _percent(value: float | None) -> float:
+    return math.nan if value is None else 100 * value
 
 
 def _spread(centre: float, count: int) -> Sequence[float]:

@@ -16,32 +16,19 @@ seen.
 import argparse
 import copy
 import dataclasses
-import datetime
-import itertools
-import json
-import math
-import os
-import platform
-import re
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterable
-from importlib import metadata, util
-from pathlib import Path
+import functools
+from collections.abc import Callable
+from importlib import util
 from typing import Any
 
+import common
 import torch
 import torch.nn.functional as F
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from common import LR, MOMENTUM, RHO, Named, Row, Tick
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import funcsam as fs
-
-RHO, LR, MOMENTUM = 0.05, 0.1, 0.9
-SAMPLE_SECONDS = 0.05
-TOLERANCE = 0.05  # float32; relative to how far a step of plain SGD ends from the SAM step
 
 UNIT = "forward + backward"
 FLOOR = "floor: 2 x (forward + backward), torch.optim.SGD"
@@ -54,27 +41,6 @@ JAX = "optax.contrib.sam, jitted step"
 
 
 @dataclasses.dataclass
-class Row:
-    """A way to take one step on its own copy of the model.
-
-    Attributes:
-        name: What the tables call it.
-        step: Takes one step; what it changes, it keeps.
-        params: Returns the params as they are now, by name.
-        held: Returns every tensor that lives from one step to the next, the params included.
-        wait: Waits until all steps are done, where they are asynchronous.
-        compile_seconds: What the first step took beyond a warm one, for compiled rows.
-    """
-
-    name: str
-    step: Callable[[], Any]
-    params: Callable[[], dict[str, Tensor]]
-    held: Callable[[], Iterable[Tensor]] = tuple
-    wait: Callable[[], Any] = lambda: None
-    compile_seconds: float | None = None
-
-
-@dataclasses.dataclass
 class Case:
     """A model and a batch."""
 
@@ -82,6 +48,7 @@ class Case:
     x: Tensor
     y: Tensor
     label: str
+    checked_steps: int = common.CHECKED_STEPS
 
     def channels_last(self) -> "Case":
         """Lays out a convolutional net and its images the way compiled code likes them; leaves others alone."""
@@ -96,18 +63,16 @@ class Case:
 
 
 def _mlp(sizes: tuple[int, ...], batch: int, label: str) -> Case:
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return Case(nn.Sequential(*layers[:-1]), torch.randn(batch, sizes[0]), torch.randint(sizes[-1], (batch,)), label)
+    return Case(common.mlp(sizes), torch.randn(batch, sizes[0]), torch.randint(sizes[-1], (batch,)), label)
 
 
 def _wide_resnet(batch: int) -> Case:
     from funcsam.studies.networks import wide_resnet
 
-    return Case(
-        wide_resnet(16, 1, 10), torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,)), f"WRN-16-1, b{batch}"
-    )
+    model = wide_resnet(16, 1, 10)
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    # One step is checked: every further one multiplies what float32 has rounded.
+    return Case(model, x, y, f"WRN-16-1, b{batch}", checked_steps=1)
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -121,17 +86,6 @@ CASES: dict[str, Callable[[], Case]] = {
 # Rows
 
 
-def _named(model: nn.Module) -> dict[str, Tensor]:
-    return {name: param.detach() for name, param in model.named_parameters()}
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Tensor]:
-    states = optimizer.state.values() if optimizer else ()
-    held = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    grads = [param.grad for param in model.parameters() if param.grad is not None]
-    return [*model.parameters(), *model.buffers(), *grads, *held]
-
-
 def _unit(case: Case) -> Row:
     model, x, y = copy.deepcopy(case.model), case.x, case.y
 
@@ -139,7 +93,7 @@ def _unit(case: Case) -> Row:
         F.cross_entropy(model(x), y).backward()
         model.zero_grad()
 
-    return Row(UNIT, step, lambda: _named(model), lambda: _optimizer_tensors(model))
+    return Row(UNIT, step, lambda: common.named(model), lambda: common.optimizer_tensors(model))
 
 
 def _floor(case: Case) -> Row:
@@ -153,7 +107,7 @@ def _floor(case: Case) -> Row:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Row(FLOOR, step, lambda: _named(model), lambda: _optimizer_tensors(model, optimizer))
+    return Row(FLOOR, step, lambda: common.named(model), lambda: common.optimizer_tensors(model, optimizer))
 
 
 def _peer(case: Case, compiled: bool = False) -> Row:
@@ -171,7 +125,8 @@ def _peer(case: Case, compiled: bool = False) -> Row:
         optimizer.second_step(zero_grad=True)
 
     name = PEER_COMPILED if compiled else PEER
-    return Row(name, step, lambda: _named(model), lambda: _optimizer_tensors(model, optimizer.base_optimizer))
+    held = functools.partial(common.optimizer_tensors, model, optimizer.base_optimizer)
+    return Row(name, step, lambda: common.named(model), held, compiled=compiled)
 
 
 def _funcsam(case: Case, name: str, backend: Any, compiled: bool = False) -> Row:
@@ -202,7 +157,7 @@ def _funcsam(case: Case, name: str, backend: Any, compiled: bool = False) -> Row
     def step() -> None:
         carry[:] = run(*carry, *batch)
 
-    return Row(name, step, lambda: carry[0], lambda: fs.tree.flatten(carry)[0])
+    return Row(name, step, lambda: carry[0], lambda: fs.tree.flatten(carry)[0], compiled=compiled)
 
 
 def _optax(case: Case) -> Row:
@@ -239,10 +194,10 @@ def _optax(case: Case) -> Row:
     def step() -> None:
         carry[:] = run(*carry, x, y)
 
-    def now() -> dict[str, Tensor]:
+    def now() -> Named:
         return {name: torch.from_numpy(np.array(param)) for name, param in carry[0].items()}
 
-    return Row(JAX, step, now, wait=lambda: jax.block_until_ready(carry))
+    return Row(JAX, step, now, wait=lambda: jax.block_until_ready(carry), compiled=True)
 
 
 def _rows(case: Case) -> list[Row]:
@@ -263,142 +218,21 @@ def _rows(case: Case) -> list[Row]:
 # Measurements
 
 
-def _timed(row: Row, steps: int = 1) -> float:
-    """Seconds a step."""
-    start = time.perf_counter()
-    for _ in range(steps):
-        row.step()
-    row.wait()
-    return (time.perf_counter() - start) / steps
-
-
-def _distance(x: dict[str, Tensor], y: dict[str, Tensor]) -> float:
-    return math.sqrt(sum((x[name] - y[name]).double().square().sum().item() for name in y))
-
-
-def _first_steps(case: Case, rows: list[Row]) -> dict[str, float]:
-    """Takes the first step of every row, and says how far each SAM step ends from the eager peer's, in step lengths."""
-    for row in rows:
-        first = _timed(row)
-        row.compile_seconds = first if row.name in (COMPILED, PEER_COMPILED, JAX) else None
-    stepped = {row.name: {name: param.clone() for name, param in row.params().items()} for row in rows}
-    length = _distance(_named(case.model), stepped[PEER])
-    errors = {row.name: _distance(stepped[row.name], stepped[PEER]) / length for row in rows}
-    for name in set(errors) - {UNIT, FLOOR}:
-        if not errors[name] < TOLERANCE * errors[FLOOR]:
-            got = f"off by {errors[name]:.1e} step lengths, plain SGD by {errors[FLOOR]:.1e}"
-            raise SystemExit(f"{name}: the params must be those of the peer after one step, got {got}.")
-    return errors
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
-
-
-def peak(step: Callable[[], Any]) -> int:
-    """Returns the most bytes a warm step has allocated at one time, above those alive at its start."""
-    mark = "measured step"
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        for _ in range(2):  # what dies in the measured step must have been born under the profiler
-            step()
-        with torch.profiler.record_function(mark):
-            step()
-    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    start = next(event.start_ns() for event in events if event.name() == mark)
-    alive, at_start, most = 0, 0, 0
-    for event in events:
-        if event.name() != "[memory]":
-            continue
-        alive += event.nbytes()
-        if event.start_ns() < start:
-            at_start = most = alive
-        most = max(most, alive)
-    return most - at_start
-
-
-def check_peak() -> None:
-    """Raises unless `peak` sees the allocations of eager and of compiled code."""
-    size = 1 << 20
-    x = torch.zeros(size)
-
-    def plain(x: Tensor) -> Tensor:  # the sum keeps the compiler from fusing: y must exist
-        y = x + 1
-        return y * y.sum()
-
-    compiled = torch.compile(plain, fullgraph=True)
-    for name, function in (("eager", plain), ("compiled", compiled)):
-        held = [function(x)]
-
-        def step(function: Callable[..., Tensor] = function, held: list[Tensor] = held) -> None:
-            held[0] = function(x)
-
-        seen, wanted = peak(step), 8 * size if name == "eager" else 4 * size
-        if not wanted <= seen <= wanted + 4096:
-            raise SystemExit(f"The profiler must see {wanted} bytes of an {name} function, got {seen}.")
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
-
-
-def _measure(case: Case, rounds: int, tick: Callable[[str], None]) -> dict[str, Any]:
+def _measure(name: str, rounds: int, tick: Tick) -> dict[str, Any]:
+    case = CASES[name]()
     rows = _rows(case)
     tick("first steps, compilation")
-    errors = _first_steps(case, rows)
+    stepped = common.first_steps(rows, case.checked_steps)
+    errors = common.errors_to_peer(common.named(case.model), stepped, peer=PEER, plain=FLOOR, exempt=(UNIT,))
+    results = common.interleaved(rows, rounds, {"units": UNIT, "peers": PEER, "compiled_peers": PEER_COMPILED}, tick)
     for row in rows:
-        _timed(row, 3)
-    inner = {row.name: max(1, math.ceil(SAMPLE_SECONDS / _timed(row, 3))) for row in rows}
-    samples: dict[str, list[float]] = {row.name: [] for row in rows}
-    for turn in range(rounds):
-        first = turn % len(rows)
-        for row in rows[first:] + rows[:first]:
-            _timed(row)
-            samples[row.name].append(1e3 * _timed(row, inner[row.name]))
-        tick(f"round {turn + 1}")
-    results = {}
-    for row in rows:
-        mine = samples[row.name]
-        found: dict[str, Any] = {"ms": _spread(mine), "samples_ms": mine, "steps_a_sample": inner[row.name]}
-        for name, other in (("units", UNIT), ("peers", PEER), ("compiled_peers", PEER_COMPILED)):
-            found[name] = _spread([a / b for a, b in zip(mine, samples[other], strict=True)])
-        if row.compile_seconds is not None:
-            found["compile_seconds"] = row.compile_seconds - 1e-3 * found["ms"]["median"]
-        found["error_to_peer"] = errors[row.name]
+        results[row.name]["error_to_peer"] = errors[row.name]
         if row.name != JAX:
-            above_start = peak(row.step)
-            extra = _bytes(row.held()) - _bytes(row.params().values())
-            found["memory"] = {"above_start": above_start, "above_params": above_start + extra}
-        results[row.name] = found
-    size = _bytes(case.model.parameters())
-    torch._dynamo.reset()
-    return {"label": case.label, "params_bytes": size, "rows": results}
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return {
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": threads,
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "optree", "pytorch_optimizer", "jax", "jaxlib", "optax")
-    present = {name: metadata.version(name) for name in packages if util.find_spec(name)}
-    return {"python": platform.python_version(), "funcsam": fs.__version__, **present}
+            results[row.name]["memory"] = common.memory(row)
+    return {"label": case.label, "params_bytes": common.bytes_of(case.model.parameters()), "rows": results}
 
 
 # Tables
-
-
-def _lines(rows: Iterable[Iterable[str]]) -> str:
-    head, *body = [list(row) for row in rows]
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
 
 
 def details(model: dict[str, Any]) -> str:
@@ -418,7 +252,7 @@ def details(model: dict[str, Any]) -> str:
             ]
         )
     params = f"{model['params_bytes'] / 2**20:.2f} MiB of params"
-    return f"{model['label']} ({params})\n\n{_lines(table)}"
+    return f"{model['label']} ({params})\n\n{common.lines(table)}"
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -438,66 +272,21 @@ def summary(results: dict[str, Any]) -> str:
                 memory = f", {row['memory']['above_params'] / model['params_bytes']:.1f} P" if "memory" in row else ""
                 cells.append(f"{row['units']['median']:.2f}{memory}")
         table.append([name, *cells])
-    machine = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     note = (
         f"In units of the first row; medians of {results['rounds']} interleaved rounds. P: peak memory above the "
-        f"params, in sizes of the params, activations included. {machine['cpu']}, {machine['threads']} of "
-        f"{machine['cores']} cores, {results['date']}; {versions}."
+        f"params, in sizes of the params, activations included. {common.origin(results)}"
     )
-    return f"{_lines(table)}\n\n{note}"
-
-
-def _limit_threads(threads: int) -> None:
-    """Limits torch by its own setting, and XLA, whose pool has a thread for each core it may run on, by affinity."""
-    torch.set_num_threads(threads)
-    os.environ["NPROC"] = os.environ["PJRT_NPROC"] = str(threads)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    return f"{common.lines(table)}\n\n{note}"
 
 
 def main() -> None:
     """Measures, or prints a table of what was measured."""
-    here = Path(__file__).parent
     parser = argparse.ArgumentParser(description="Time and memory of one SAM + momentum SGD step.")
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES), help="which models (all)")
-    parser.add_argument("--rounds", type=int, default=30, help="samples of each row, at least 2 (30)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch and XLA")
-    parser.add_argument("--out", type=Path, default=here / "results" / "steps-cpu.json", help="where results go")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the README's table from results and stop")
-    options = parser.parse_args()
-    if options.table:
-        print(summary(json.loads(options.table.read_text())))
-        return
-    _limit_threads(options.threads)
-    torch._inductor.config.force_disable_caches = True  # compile seconds are those of a first run
-    check_peak()
-    results: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": _machine(options.threads),
-        "versions": _versions(),
-        "rounds": options.rounds,
-        "models": {},
-    }
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
-        if not progress.console.is_terminal:
-            print("measuring", *options.models, file=sys.stderr, flush=True)
-        for name in options.models:
-            torch.manual_seed(0)
-            case = CASES[name]()
-            task = progress.add_task(case.label, total=options.rounds + 1)
-
-            def tick(what: str, task: Any = task, label: str = case.label) -> None:
-                progress.update(task, advance=1, description=f"{label}: {what}")
-
-            results["models"][name] = _measure(case, options.rounds, tick)
-            progress.remove_task(task)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
-    for model in results["models"].values():
-        print(details(model), end="\n\n")
-    print(summary(results))
+    options = common.parse(parser, "steps-cpu.json")
+    measures = {name: functools.partial(_measure, name) for name in options.models}
+    packages = ("torch", "optree", "pytorch_optimizer", "jax", "jaxlib", "optax")
+    common.run(options, "models", measures, packages, details, summary)
 
 
 if __name__ == "__main__":
