@@ -18,12 +18,21 @@ TESTS = [*(f"tests/test_{name}.py" for name in ORDER), "tests/parity", *(f"tests
 
 
 class Mutation(NamedTuple):
-    """One replacement of a text that occurs in a file."""
+    """One replacement of a text that occurs in a file.
+
+    Attributes:
+        name: What breaks.
+        file: Where, inside the library.
+        old: The text.
+        new: What takes its place.
+        tests: The test files that must notice; all of `TESTS` if none are named.
+    """
 
     name: str
     file: str
     old: str
     new: str
+    tests: tuple[str, ...] = ()
 
 
 MUTATIONS = [
@@ -192,10 +201,200 @@ MUTATIONS = [
     Mutation(
         "aux keeps its graph",
         "gradients.py",
-        "lambda x: x.detach() if isinstance(x, Tensor) else x, aux",
-        "lambda x: x, aux",
+        "optree.tree_map(Tensor.detach, aux)",
+        "aux",
     ),
     Mutation("unused leaves have no gradient", "gradients.py", ", materialize_grads=True", ", allow_unused=True"),
+]
+
+NN, BATCHES = ("tests/test_nn.py",), ("tests/laws/test_batches.py",)
+GROUPS, ENSEMBLE = ("tests/laws/test_groups.py",), ("tests/test_ensemble.py",)
+SCALING, RANDOM = ("tests/test_loss_scale.py",), ("tests/test_randomness.py",)
+HYPER = ("tests/test_hypergradients.py",)
+
+MUTATIONS += [
+    Mutation(
+        "the buffers given are written to", "nn.py", "{name: buffer.clone() for name", "{name: buffer for name", NN
+    ),
+    Mutation(
+        "checkpointing writes to the buffers twice",
+        "nn.py",
+        "            put({name: buffers[name].clone() for name in self._names})\n",
+        "",
+        NN,
+    ),
+    Mutation(
+        "checkpointing runs again with the module's own tensors",
+        "nn.py",
+        "            yield evaluate\n        finally:",
+        "            yield self\n        finally:",
+        NN,
+    ),
+    Mutation(
+        "tied tensors are replaced in one place", "nn.py", "in self._places[name]}", "in self._places[name][:1]}", NN
+    ),
+    Mutation(
+        "the tensors of the module do not come back",
+        "nn.py",
+        "place.store[place.key] = value\n\n    def",
+        "pass\n\n    def",
+        NN,
+    ),
+    Mutation("buffers come out as they went in", "nn.py", "return answer, buffers\n", "return answer, {}\n", NN),
+    Mutation(
+        "frozen parameters are trained", "nn.py", "named_parameters() if p.requires_grad}", "named_parameters()}", NN
+    ),
+    Mutation("predictions are made in training mode", "nn.py", "module.training = False", "module.training = True", NN),
+    Mutation(
+        "shared buffers stay shared under vmap",
+        "nn.py",
+        "torch.where(always, buffer, buffer)",
+        "buffer.clone()",
+        BATCHES,
+    ),
+    Mutation(
+        "batch normalisation is differentiated through vmap",
+        "nn.py",
+        "if tree.differentiates_vmap() else",
+        "if False else",
+        HYPER,
+    ),
+    Mutation(
+        "slices count alike, whatever their size", "batches.py", "count * size / whole.size", "count / m", BATCHES
+    ),
+    Mutation("slices are summed", "batches.py", "x.mean(0) if", "x.sum(0) if", BATCHES),
+    Mutation("the first slice is seen twice", "batches.py", "            start += now * each\n", "", BATCHES),
+    Mutation(
+        "examples that are left over are dropped",
+        "batches.py",
+        "((longer, size + 1), (m - longer, size))",
+        "((m, size),)",
+        BATCHES,
+    ),
+    Mutation("all slices draw the same", "batches.py", 'randomness="different"', 'randomness="same"', BATCHES),
+    Mutation(
+        "the ascent sees the whole batch", "batches.py", "math.ceil(fraction * whole.size)", "whole.size", BATCHES
+    ),
+    Mutation(
+        "the part is rounded down",
+        "batches.py",
+        "math.ceil(fraction * whole.size)",
+        "int(fraction * whole.size)",
+        BATCHES,
+    ),
+    Mutation(
+        "a group moves all leaves",
+        "groups.py",
+        "grads_fn(group.put(part, params), *args)",
+        "grads_fn(params, *args)",
+        GROUPS,
+    ),
+    Mutation("groups ask again at the params", "groups.py", "if _same(here", "if False and _same(here", GROUPS),
+    Mutation(
+        "a slice is taken for the batch",
+        "groups.py",
+        "tree.flatten((group.of(params), batch))",
+        "tree.flatten((group.of(params), ()))",
+        GROUPS,
+    ),
+    Mutation(
+        "a mask is inverted",
+        "groups.py",
+        "{True: inner, False: identity()}",
+        "{False: inner, True: identity()}",
+        GROUPS,
+    ),
+    Mutation(
+        "freeze freezes the others",
+        "groups.py",
+        "if on else g for g, on in frozen",
+        "if not on else g for g, on in frozen",
+        GROUPS,
+    ),
+    Mutation(
+        "every step draws the same",
+        "randomness.py",
+        "after = _read(state.generators)",
+        "after = state.generators",
+        RANDOM,
+    ),
+    Mutation(
+        "the generators of the caller go on",
+        "randomness.py",
+        "    finally:\n        _write(before)",
+        "    finally:\n        pass",
+        RANDOM,
+    ),
+    Mutation(
+        "evaluations draw independently", "randomness.py", "        _write(generators)\n", "        pass\n", RANDOM
+    ),
+    Mutation(
+        "gradients stay scaled",
+        "loss_scale.py",
+        "torch.where(finite, 1 / scale, torch.nan)",
+        "torch.where(finite, 1.0, torch.nan)",
+        SCALING,
+    ),
+    Mutation(
+        "the state moves in a skipped step",
+        "loss_scale.py",
+        "torch.where(finite, new, old)",
+        "torch.where(finite, new, new)",
+        SCALING,
+    ),
+    Mutation(
+        "the first pass is not looked at",
+        "loss_scale.py",
+        "(finite == 1) & tree.all_finite",
+        "tree.all_finite",
+        SCALING,
+    ),
+    Mutation(
+        "the scale grows one step late",
+        "loss_scale.py",
+        "(tracker >= growth_interval)",
+        "(tracker > growth_interval)",
+        SCALING,
+    ),
+    Mutation(
+        "the tracker is not reset by growth", "loss_scale.py", "finite & (tracker < growth_interval)", "finite", SCALING
+    ),
+    Mutation("the loss is not scaled", "gradients.py", "else loss * self.factor", "else loss", SCALING),
+    Mutation(
+        "members all start from one seed", "ensemble.py", "_seeded(build, seed) if k else first", "first", ENSEMBLE
+    ),
+    Mutation("the generator of the caller is used", "ensemble.py", "        torch.manual_seed(seed)\n", "", ENSEMBLE),
+    Mutation(
+        "all members have one hyperparameter",
+        "ensemble.py",
+        "made(numbers)._update",
+        "made(member(hyper, 0))._update",
+        ENSEMBLE,
+    ),
+    Mutation("logits are averaged", "ensemble.py", "F.log_softmax(logits, -1), 0", "logits, 0", ENSEMBLE),
+    Mutation(
+        "bins are open on the other side",
+        "ensemble.py",
+        ".to(confidence.dtype))",
+        ".to(confidence.dtype), right=True)",
+        ENSEMBLE,
+    ),
+    Mutation("gaps of all bins cancel", "ensemble.py", ".sum(0).abs().sum()", ".sum(0).sum().abs()", ENSEMBLE),
+    Mutation("a member disagrees with itself", "ensemble.py", "(votes * (votes - 1))", "(votes * votes)", ENSEMBLE),
+    Mutation(
+        "the bootstrap draws without replacement",
+        "ensemble.py",
+        "torch.randint(examples, (examples,), ",
+        "torch.randperm(examples, ",
+        ENSEMBLE,
+    ),
+    Mutation(
+        "counters are one entry seen many times",
+        "ensemble.py",
+        "lambda leaf: leaf.contiguous(), state",
+        "lambda leaf: leaf, state",
+        ENSEMBLE,
+    ),
 ]
 
 
@@ -222,7 +421,7 @@ def survives(mutation: Mutation) -> bool:
             "--no-header",
             "-m",
             "not compile and not parity",
-            *TESTS,
+            *(mutation.tests or TESTS),
         ]
         environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "dev"}
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)

@@ -27,8 +27,8 @@ def test_the_quickstart_trains_a_model(capsys):
 
 def test_every_chain_of_the_table_can_be_built():
     """Every chain in the table of orders is an expression that gives a Transform."""
-    chains = re.findall(r"^\| `(chain\((?!\.\.\.)[^`]+\))` \|", README, re.MULTILINE)
-    assert len(chains) >= 6
+    chains = re.findall(r"^\| `((?:chain|partition)\((?!\.\.\.|labels)[^`]+\))` \|", README, re.MULTILINE)
+    assert len(chains) >= 13
     for text in chains:
         assert isinstance(eval(text, vars(fs) | {"r": 0.05, "d": 5e-4, "lr": 0.1}), fs.Transform)
 

@@ -233,10 +233,10 @@ def picture(runs: dict[str, Run], title: str, sweeps: dict[str, dict[str, Any]] 
 
 
 def _sweep_panel(panel: Axes, sweeps: dict[str, dict[str, Any]], colours: Sequence[str]) -> None:
-    kinds = (("held_out_error", "held-out, noisy", "-", "o"), ("test_error", "test, clean", "--", "s"))
+    kinds = (("held_out_error", "held-out, noisy", "-"), ("test_error", "test, clean", "--"))
     ticks = sorted({value for each in sweeps.values() for value in each["values"]})
-    for (name, each), colour in zip(sweeps.items(), colours, strict=True):
-        for key, label, line, marker in kinds:
+    for (name, each), colour, marker in zip(sweeps.items(), colours, MARKERS, strict=False):
+        for key, label, line in kinds:
             means = [_percent(figures["mean"]) for figures in each[key]]
             spreads = [_percent(figures["standard_error"] or 0.0) for figures in each[key]]
             places = [ticks.index(value) for value in each["values"]]

@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from common import LR, MOMENTUM, RHO, Named, Row, Tick
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import funcsam as fs
 
@@ -132,27 +131,19 @@ def _peer(case: Case, compiled: bool = False) -> Row:
 def _funcsam(case: Case, name: str, backend: Any, compiled: bool = False) -> Row:
     case = case.channels_last() if compiled else case
     model, batch = copy.deepcopy(case.model), (case.x, case.y)
-
-    def loss_fn(params: Any, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(model, params, (x,)), y)
-
-    def buffered_loss_fn(params: Any, buffers: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
-        buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        return F.cross_entropy(functional_call(model, (params, buffers), (x,)), y), buffers
-
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loss_fn = fs.nn.loss_fn(model, lambda model, x, y: F.cross_entropy(model(x), y))
+    grads_fn = fs.grad_and_value(loss_fn, has_aux=True, backend=backend)
     tx = fs.chain(fs.sam(RHO), fs.sgd(LR, momentum=MOMENTUM))
-    grads_fn = fs.grad_and_value(buffered_loss_fn if buffers else loss_fn, has_aux=bool(buffers), backend=backend)
 
-    def one(params: Any, state: Any, *batch: Any) -> tuple[Any, ...]:
-        params, state, aux = tx.step(params, grads_fn, state, *batch)
-        return (params, state, aux[1]) if buffers else (params, state)
+    def one(params: Any, state: Any, buffers: Any, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        params, state, (_, buffers) = tx.step(params, grads_fn, state, buffers, x, y)
+        return params, state, buffers
 
     run = torch.compile(one, fullgraph=True) if compiled else one
-    params = {name: param.detach().clone() for name, param in model.named_parameters()}
-    carry = [params, tx.init(params), *([buffers] if buffers else [])]
-    del params
-    model = model.to("meta")  # only its forward is of use
+    params, buffers = fs.nn.split(model)
+    carry = [params, tx.init(params), buffers]
+    del params, buffers
+    model.to("meta")  # only its forward is of use
 
     def step() -> None:
         carry[:] = run(*carry, *batch)
