@@ -127,7 +127,7 @@ MUTATIONS = [
     Mutation("clip never scales", "scaling.py", "norm > bound, bound", "norm > 1e9 * bound, bound"),
     Mutation("eta is not added", "tree.py", "a * (b.abs() + _on(shift, b))", "a * b.abs()"),
     Mutation("eta is not added by the fast kernel", "tree.py", "if eta:", "if False:"),
-    Mutation("masks are inverted", "tree.py", "chosen = [mask(path, leaf)", "chosen = [not mask(path, leaf)"),
+    Mutation("masks are inverted", "tree.py", "return [what(path, leaf)", "return [not what(path, leaf)"),
     Mutation(
         "the norm is taken in half precision",
         "tree.py",
@@ -291,10 +291,17 @@ MUTATIONS += [
     ),
     Mutation("groups ask again at the params", "groups.py", "if _same(here", "if False and _same(here", GROUPS),
     Mutation(
-        "a slice is taken for the batch",
+        "groups that have a batch ask again",
         "groups.py",
         "tree.flatten((group.of(params), batch))",
         "tree.flatten((group.of(params), ()))",
+        GROUPS,
+    ),
+    Mutation(
+        "a slice is taken for the batch",
+        "groups.py",
+        "tree.flatten((part, args))[0]",
+        "tree.flatten((part, batch))[0]",
         GROUPS,
     ),
     Mutation(

@@ -266,3 +266,74 @@ def test_autocast_around_the_step_is_autocast_in_the_loss():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             params, state, (_, buffers) = tx.step(params, grads_fn, state, buffers, *batch)
     close(params, pure_loop(model, data, loss=autocast(torch.bfloat16))[0], rtol=1e-5)
+
+
+LAZY = nn.Sequential(nn.LazyLinear(2))
+NORM = nn.BatchNorm1d(2)
+PARAMS, BUFFERS = fs.nn.split(NORM)
+LOSS_FN = fs.nn.loss_fn(NORM, lambda model, x: model(x).sum())
+PAIR_FN = fs.nn.loss_fn(NORM, lambda model, x: model(x).sum(), has_aux=True)
+X = torch.ones(3, 2)
+BAD = [
+    (
+        lambda: fs.nn.split(LAZY),
+        ValueError,
+        "split: `model` must be initialised, got an uninitialised tensor at 0.weight. Run one batch through the model",
+    ),
+    (
+        lambda: fs.nn.loss_fn(LAZY, loss),
+        ValueError,
+        "loss_fn: `model` must be initialised, got an uninitialised tensor",
+    ),
+    (lambda: fs.nn.load(LAZY, {}), ValueError, "load: `model` must be initialised, got an uninitialised tensor"),
+    (lambda: fs.nn.split(nn.Linear), TypeError, "split: `model` must be a torch.nn.Module, got type."),
+    (lambda: fs.nn.loss_fn(NORM, 0.1), TypeError, "loss_fn: `loss` must be a function, got float."),
+    (
+        lambda: fs.nn.load(NORM, {"scale": X}),
+        ValueError,
+        "load: `model` must have every name of the trees, got none at scale.",
+    ),
+    (
+        lambda: fs.nn.load(NORM, {"weight": X}),
+        ValueError,
+        "load: the trees must have the shapes of `model`, got (3, 2) for (2,) at weight.",
+    ),
+    (
+        lambda: LOSS_FN(PARAMS, X),
+        TypeError,
+        "loss_fn: `buffers` must be a dict of tensors by name, got Tensor. The arguments are (params, buffers,",
+    ),
+    (
+        lambda: LOSS_FN({"scale": X}, BUFFERS, X),
+        ValueError,
+        "loss_fn: `params` must hold names of the module, got scale.",
+    ),
+    (
+        lambda: LOSS_FN(PARAMS, {}, X),
+        ValueError,
+        "loss_fn: `buffers` must hold every buffer of the module, got none for num_batches_tracked.",
+    ),
+    (lambda: PAIR_FN(PARAMS, BUFFERS, X), TypeError, "with `has_aux` `loss` must return `(loss, aux)`, got Tensor."),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "text"), BAD, ids=[text for *_, text in BAD])
+def test_bad_arguments_are_refused(make, error, text):
+    with pytest.raises(error) as caught:
+        make()
+    assert text in str(caught.value)
+
+
+def test_load_writes_nothing_if_anything_is_wrong():
+    model = nn.BatchNorm1d(2)
+    before = fs.nn.split(model)
+    with pytest.raises(ValueError, match="load: the trees must have the shapes"):
+        fs.nn.load(model, {"bias": torch.ones(2), "weight": torch.ones(3)})
+    equal(fs.nn.split(model), before)
+
+
+def test_load_takes_what_requires_grad():
+    """And other types, which it casts."""
+    model = nn.Linear(1, 1, bias=False)
+    fs.nn.load(model, {"weight": torch.full((1, 1), 2.0, dtype=torch.float64, requires_grad=True)})
+    assert (model.weight.item(), model.weight.dtype) == (2.0, torch.float32)

@@ -154,6 +154,15 @@ def test_groups_that_slice_the_batch():
         close((updates, aux), ({"a": sum(parts) / 2, "b": whole["b"]}, loss), rtol=1e-6)
 
 
+def test_the_gradient_of_a_batch_is_shared():
+    """Two evaluations with a batch too: at the params, and where the one group that probes has climbed to."""
+    w = {"a": torch.ones(2), "b": torch.ones(2)}
+    spy, seen = spied(fs.grad_and_value(lambda w, x: torch.cos(x @ (w["a"] * w["b"])).mean()))
+    tx = fs.partition({"a": "m", "b": "g"}, {"m": fs.sam(0.1), "g": fs.sgd(0.1)})
+    tx.update(w, spy, tx.init(w), torch.ones(4, 2))
+    assert len(seen) == 2
+
+
 class Seed:
     """The seed's step, transcribed: groups with numbers of their own under one global norm."""
 
