@@ -279,6 +279,8 @@ def test_calibration_error_in_closed_form():
     sure = torch.tensor([[100.0, 0.0]] * 4)
     assert fs.ensemble.calibration_error(sure, torch.tensor([0, 1, 0, 1])) == 0.5
     assert fs.ensemble.calibration_error(sure, torch.zeros(4, dtype=torch.int64)) == 0
+    edge = torch.tensor([[1.0, 1.0], [9.0, 1.0]]).log()  # a hit with confidence 1/2, a miss with 9/10: not in one bin
+    close(fs.ensemble.calibration_error(edge, torch.tensor([0, 1]), 2), torch.tensor((1 / 2 + 9 / 10) / 2), 1e-6)
     rows = torch.stack([sure, -sure])
     each = torch.vmap(fs.ensemble.calibration_error, in_dims=(0, None))(rows, torch.zeros(4, dtype=torch.int64))
     equal(each, torch.tensor([0.0, 1.0]))
