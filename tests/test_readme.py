@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import funcsam as fs
 
 ROOT = Path(__file__).parent.parent
@@ -65,9 +67,10 @@ def test_the_results_are_those_of_the_committed_run():
     assert f"{run['settings']['seeds']} seeds" in between("results")
 
 
-def test_the_benchmark_is_the_committed_run():
-    """The table of costs is what the benchmark prints of its committed results."""
+@pytest.mark.parametrize(("name", "section"), [("steps", "benchmark"), ("ensembles", "ensembles")])
+def test_the_benchmarks_are_the_committed_runs(name, section):
+    """The tables of costs are what the benchmarks print of their committed results."""
     folder = ROOT / "tests" / "benchmarks"
-    command = [sys.executable, folder / "steps.py", "--table", folder / "results" / "steps-cpu.json"]
+    command = [sys.executable, folder / f"{name}.py", "--table", folder / "results" / f"{name}-cpu.json"]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert table.strip() in between("benchmark")
+    assert table.strip() in between(section)
