@@ -9,7 +9,7 @@ meaning:
     params, state, loss = tx.step(params, grads_fn, state, *batch)
 """
 
-from funcsam import ensemble, nn
+from funcsam import ensemble, nn, torch_optim
 from funcsam.batches import ascent_batch, microbatch
 from funcsam.decay import DecayState, add_decayed_weights
 from funcsam.family.sam import asam, sam, sam_update
@@ -73,6 +73,7 @@ __all__ = [
     "sgd",
     "sharpness_aware",
     "step_decay",
+    "torch_optim",
     "trace",
     "warmup_cosine",
 ]

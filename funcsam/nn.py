@@ -142,18 +142,21 @@ class ModuleLoss:
 
     def __call__(self, params: Named, buffers: Named, *batch: Any) -> tuple[Tensor, Any]:
         """Returns `(loss, buffers)`, or with `has_aux` `(loss, (buffers, aux))`; the buffers are new ones."""
+        if not torch.compiler.is_compiling():
+            with self.held(again=False) as evaluate:
+                return evaluate(params, buffers, *batch)
         values = params | self._fresh(params, buffers, batch)
         places = {place.path: value for name, value in values.items() for place in self._places[name]}
-        with _NoBatchNorm() if tree.differentiates_vmap() else contextlib.nullcontext():
-            answer = torch.func.functional_call(self._whole, places, batch, tie_weights=False)
+        answer = torch.func.functional_call(self._whole, places, batch, tie_weights=False)
         return self._answer(answer, {name: places[self._places[name][0].path] for name in buffers})
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[Callable[..., tuple[Tensor, Any]]]:
-        """Gives the same function for eager code, and leaves the tensors in the module until the block ends.
+    def held(self, again: bool = True) -> Iterator[Callable[..., tuple[Tensor, Any]]]:
+        """Gives the same function for code that is not compiled, and leaves the tensors in the module until the end.
 
-        Activation checkpointing runs parts of the module again in the backward pass: with the values that the forward
-        pass had, and without a second trace in the buffers.
+        Args:
+            again: Whether parts of the module may run again before that, as activation checkpointing does in the
+                backward pass: with the values that the forward pass had, and without a second trace in the buffers.
         """
         before: list[tuple[_Place, Any]] = []
 
@@ -167,10 +170,12 @@ class ModuleLoss:
             fresh = self._fresh(params, buffers, batch)
             put(params)
             put(fresh)
-            answer = self.loss(self.model, *batch)
+            with _NoBatchNorm() if tree.differentiates_vmap() else contextlib.nullcontext():
+                answer = self.loss(self.model, *batch)
             first = {name: self._places[name][0] for name in buffers}
             after = {name: place.store[place.key] for name, place in first.items()}
-            put({name: buffers[name].clone() for name in self._names})
+            if again:
+                put({name: buffers[name].clone() for name in self._names})
             return self._answer(answer, after)
 
         try:
@@ -193,7 +198,7 @@ class ModuleLoss:
         if not self._names <= buffers.keys():
             name = next(name for name in sorted(self._names) if name not in buffers)
             raise ValueError(f"loss_fn: `buffers` must hold every buffer of the module, got none for {name}.")
-        if tree.eager():
+        if not self._names or not tree.vectorizing():
             return {name: buffer.clone() for name, buffer in buffers.items()}
         always = _always(params, batch)
         return {

@@ -67,6 +67,13 @@ def _differentiates(level: Any) -> bool:
     return level.key() in (kinds.Grad, kinds.Jvp)
 
 
+def vectorizing() -> bool:
+    """Tells whether a `vmap` level may be active; under the compiler that cannot be seen."""
+    if eager():
+        return False
+    return torch.compiler.is_compiling() or any(not _differentiates(level) for level in _levels())
+
+
 def differentiates_vmap() -> bool:
     """Tells whether a `vmap` level lies inside a differentiating one (hyper-gradients of an ensemble)."""
     if eager() or torch.compiler.is_compiling():

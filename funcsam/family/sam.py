@@ -71,8 +71,13 @@ def asam(rho: Any = 2.0, eta: Any = 0.0, mask: tree.Mask = None) -> Transform:
         Kwon et al., 2021, equation 8 with `p = 2`. arXiv 2102.11600.
     """
     checks.nonnegative("asam", rho=rho, eta=eta)
+    return sharpness_aware(adaptive_ascent(rho, eta, mask))
+
+
+def adaptive_ascent(rho: Any, eta: Any, mask: tree.Mask) -> Transform:
+    """Returns the chain from gradient to perturbation of `asam`, and with a mask that is False everywhere of `sam`."""
     magnitude = scale_by_magnitude(eta, mask)
-    return sharpness_aware(chain(magnitude, normalize(), magnitude, scale(rho)))
+    return chain(magnitude, normalize(), magnitude, scale(rho))
 
 
 def sam_update(

@@ -1,0 +1,467 @@
+"""A `torch.optim` front end: loops with `loss.backward()` around the same pure parts.
+
+    optimizer = fs.torch_optim.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9, model=model)
+    for x, y in batches:
+        def closure():
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+        loss = optimizer.step(closure)
+
+There is no mathematics here: the ascent is a chain of transforms, and the descent is the base optimizer's.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funcsam import checks, tree
+from funcsam.family.sam import adaptive_ascent
+from funcsam.sharpness import Combine
+from funcsam.transform import Transform
+
+Params = Iterable[Any]
+Closure = Callable[[], Any]
+FirstPass = Literal["auto", "closure", "gradients"]
+KEY = "funcsam"
+"""Where a `state_dict` holds what the base optimizer does not know of."""
+
+
+class _Between(NamedTuple):
+    """What must come back after the second pass.
+
+    Attributes:
+        params: Params as they were, by group.
+        grads: Gradients of the first pass by group, if they are needed again; `None` where there was none.
+        state: State of the ascent after this step.
+        buffers: Buffers as the first pass left them.
+        finite: Whether the first pass was, if that was asked.
+    """
+
+    params: list[list[Tensor]]
+    grads: list[list[Tensor | None]] | None
+    state: Any
+    buffers: list[Tensor]
+    finite: Tensor | None
+
+
+class _Front(torch.optim.Optimizer):
+    """What the front ends share: groups of params as a tree, gradients as a tree, and buffers that come back."""
+
+    def __init__(self, params: Params, defaults: dict[str, Any], model: nn.Module | Iterable[Tensor] | None) -> None:
+        super().__init__(params, defaults)
+        self._model = model if isinstance(model, nn.Module) or model is None else list(model)
+
+    def _buffers(self) -> list[Tensor]:
+        if self._model is None:
+            return []
+        return list(self._model.buffers() if isinstance(self._model, nn.Module) else self._model)
+
+    def _values(self) -> list[list[Tensor]]:
+        return [[p.detach() for p in group["params"]] for group in self.param_groups]
+
+    def _grads(self) -> list[list[Tensor]]:
+        """Returns dense gradients; zero where there is none."""
+        return [[_dense(p) for p in group["params"]] for group in self.param_groups]
+
+    _kept: ClassVar[tuple[str, ...]] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Adds to what torch pickles; what schedulers and hooks put on an optimizer is theirs to restore."""
+        own = {name: self.__dict__[name] for name in self._kept if name in self.__dict__}
+        return {**super().__getstate__(), **own}
+
+    def _has_grads(self) -> bool:
+        return any(p.grad is not None for group in self.param_groups for p in group["params"])
+
+
+def _dense(p: Tensor) -> Tensor:
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad.detach() if p.grad.layout is torch.strided else p.grad.detach().to_dense()
+
+
+def _copy(into: Iterable[Iterable[Tensor]], values: Iterable[Iterable[Tensor]]) -> None:
+    """Writes values into tensors that stay where they are."""
+    for targets, sources in zip(into, values, strict=True):
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+
+def _add(into: Iterable[Iterable[Tensor]], values: Iterable[Iterable[Tensor]]) -> None:
+    for targets, sources in zip(into, values, strict=True):
+        for target, source in zip(targets, sources, strict=True):
+            target.add_(source)
+
+
+def _clones(values: Iterable[Tensor]) -> list[Tensor]:
+    return [value.detach().clone() for value in values]
+
+
+class _Second:
+    """The second half of a step, as a `GradScaler` sees an optimizer."""
+
+    def __init__(self, whole: "SharpnessAware") -> None:
+        self._whole = whole
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._whole.param_groups
+
+    def step(self) -> None:
+        self._whole.second_step()
+
+
+class SharpnessAware(_Front):
+    """Any sharpness-aware method around any optimizer of `torch.optim`.
+
+    Args:
+        params: Parameters or parameter groups, as `torch.optim` takes them. Groups may have numbers of their own.
+        base_optimizer: The optimizer class for the descent, e.g. `torch.optim.SGD`.
+        ascent: A chain from gradient to perturbation, as in `sharpness_aware`. Its trees are lists of groups, and a
+            group is the list of its params, so that a prefix such as `rho=[0.05, 0.1]` is one number per group.
+        combine: `combine(grads, probe)` from the gradients of both passes to that of the step; `None` takes the second.
+        model: The module whose buffers (running statistics) the second pass must leave as the first pass left them, or
+            the buffers.
+        first_pass: Where the first gradient comes from in `step(closure)`. `"closure"`: from the closure, which is
+            called twice. `"gradients"`: from the backward pass that was done before. `"auto"`: from gradients if there
+            are any, which is ambiguous where gradients are accumulated.
+        **kwargs: Arguments of `base_optimizer`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base_optimizer: type[torch.optim.Optimizer],
+        ascent: Transform,
+        combine: Combine | None = None,
+        *,
+        model: nn.Module | Iterable[Tensor] | None = None,
+        first_pass: FirstPass = "auto",
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(ascent, Transform):
+            raise TypeError(f"SharpnessAware: `ascent` must be a Transform, got {type(ascent).__name__}.")
+        if combine is not None:
+            checks.function("SharpnessAware", combine=combine)
+        self._ascent, self._combine = ascent, combine
+        self._start(params, base_optimizer, {}, model, first_pass, kwargs)
+
+    def _start(
+        self,
+        params: Params,
+        base_optimizer: type[torch.optim.Optimizer],
+        own: dict[str, Any],
+        model: nn.Module | Iterable[Tensor] | None,
+        first_pass: FirstPass,
+        kwargs: dict[str, Any],
+    ) -> None:
+        where = type(self).__name__
+        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)):
+            got = base_optimizer.__name__ if isinstance(base_optimizer, type) else type(base_optimizer).__name__
+            raise TypeError(f"{where}: `base_optimizer` must be a class of torch.optim, such as SGD, got {got}.")
+        if first_pass not in ("auto", "closure", "gradients"):
+            raise ValueError(f'{where}: `first_pass` must be "auto", "closure" or "gradients", got {first_pass!r}.')
+        given = list(params)
+        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        self.base_optimizer = base_optimizer([own | group for group in groups], **kwargs)
+        alike = [{"params": list(group["params"])} for group in self.base_optimizer.param_groups]
+        super().__init__(alike, own | self.base_optimizer.defaults, model)
+        self._share()
+        self.first_pass = first_pass
+        self._state: Any = None
+        self._between: _Between | None = None
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+
+    def _climb(self) -> Transform:
+        """Returns the ascent chain of this step."""
+        return self._ascent
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Climbs to `w + e`, with the gradients of the first backward pass.
+
+        Args:
+            zero_grad: Whether to clear the gradients afterwards, as the second pass needs.
+
+        Raises:
+            RuntimeError: If the second step of the last ascent is still to be done.
+        """
+        self._ascend(zero_grad)
+
+    def _ascend(self, zero_grad: bool, check: bool = False) -> None:
+        if self._between is not None:
+            raise RuntimeError("first_step: must be followed by `second_step`, got another `first_step`.")
+        values, grads, climb = self._values(), self._grads(), self._climb()
+        state = climb.init(values) if self._state is None else self._state
+        offset, state, _ = climb.update(values, lambda params: grads, state)
+        before = [_clones(group) for group in values]
+        finite = tree.all_finite(grads) if check else None
+        kept = None
+        if self._combine is not None:
+            kept = [
+                [None if p.grad is None else g.clone() for p, g in zip(group["params"], mine, strict=True)]
+                for group, mine in zip(self.param_groups, grads, strict=True)
+            ]
+        self._between = _Between(before, kept, state, _clones(self._buffers()), finite)
+        _add(values, offset)
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Returns to `w`, bit for bit, and lets the base optimizer step with the gradients taken at `w + e`.
+
+        Args:
+            zero_grad: Whether to clear the gradients afterwards.
+
+        Raises:
+            RuntimeError: If there was no `first_step`.
+        """
+        if self._between is None:
+            raise RuntimeError("second_step: must come after `first_step`, got no ascent to return from.")
+        between = self._between
+        self.restore()
+        if between.finite is None or between.finite:
+            if self._combine is not None and between.grads is not None:
+                self._put_combined(self._combine, between.grads)
+            self._state = between.state
+            self.base_optimizer.step()
+        self._opt_called = True  # what torch's schedulers look at
+        if zero_grad:
+            self.zero_grad()
+
+    def _put_combined(self, combine: Combine, kept: list[list[Tensor | None]]) -> None:
+        """Sets the gradients of the step; one that only one pass has counts as zero in the other."""
+        first = [
+            [torch.zeros_like(p) if g is None else g for p, g in zip(group["params"], mine, strict=True)]
+            for group, mine in zip(self.param_groups, kept, strict=True)
+        ]
+        combined = combine(first, self._grads())
+        for group, mine, grads in zip(self.param_groups, kept, combined, strict=True):
+            for p, g, new in zip(group["params"], mine, grads, strict=True):
+                if p.grad is not None or g is not None:
+                    p.grad = new
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Returns to `w` without a step; does nothing if that is where the params are."""
+        if self._between is None:
+            return
+        _copy(self._values(), self._between.params)
+        _copy([self._buffers()], [self._between.buffers])
+        self._between = None
+
+    def step(self, closure: Closure | None = None, *, scaler: "torch.amp.GradScaler | None" = None) -> Any:
+        """Takes both passes of a step, and clears the gradients.
+
+        Args:
+            closure: Computes the loss, calls `backward` and returns the loss. Where no gradient is present it is called
+                for both passes; where gradients are present, these are the first pass. See `first_pass`.
+            scaler: A gradient scaler, whose `scale(loss).backward()` the closure calls. Gradients are unscaled before
+                any norm, and the step is skipped as a whole if either pass is not finite. `scaler.update()` stays with
+                the caller.
+
+        Returns:
+            The loss at the params if the closure has computed it, otherwise that of the second pass.
+
+        Raises:
+            TypeError: If there is no closure.
+            RuntimeError: If gradients are present or missing against what `first_pass` says.
+        """
+        if closure is None:
+            raise TypeError(
+                "step: `closure` must be a function that computes the loss and calls `backward`, got None. "
+                "Give one, or call `first_step`, a second forward and backward pass, and `second_step`."
+            )
+        present = self._has_grads()
+        if self.first_pass == "closure" and present:
+            raise RuntimeError(
+                "step: gradients must be clear where the closure takes both passes, got some. Call `zero_grad` first, "
+                "and accumulate inside the closure."
+            )
+        if self.first_pass == "gradients" and not present:
+            raise RuntimeError("step: the first backward pass must be done before, got no gradients.")
+        closure = torch.enable_grad()(closure)
+        first = None if present else closure()
+        with torch.no_grad():
+            if scaler is not None:
+                scaler.unscale_(self)
+            self._ascend(zero_grad=True, check=scaler is not None)
+        try:
+            second = closure()
+            if scaler is None:
+                self.second_step()
+            else:
+                second_half: Any = _Second(self)
+                scaler.step(second_half)
+        finally:
+            self.restore()
+        self.zero_grad()
+        return second if present else first
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of the base optimizer and of the ascent.
+
+        Raises:
+            RuntimeError: Between `first_step` and `second_step`, where the params are not those of the run.
+        """
+        if self._between is not None:
+            raise RuntimeError("state_dict: must be called between steps, got an ascent without its `second_step`.")
+        return {**self.base_optimizer.state_dict(), KEY: self._state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads what `state_dict` returned; the next step is that of the run it was taken from."""
+        self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        self._share()
+        self._state = state_dict.get(KEY)
+
+    _kept: ClassVar[tuple[str, ...]] = (
+        "base_optimizer",
+        "first_pass",
+        "_ascent",
+        "_combine",
+        "_between",
+        "_state",
+        "_model",
+    )
+
+
+class SAM(SharpnessAware):
+    """SAM and ASAM with the interface of the well-known class.
+
+    Groups may have a `rho` and an `adaptive` of their own; the norm is global, over all groups.
+
+    Args:
+        params: Parameters or parameter groups.
+        base_optimizer: The optimizer class for the descent, e.g. `torch.optim.SGD`.
+        rho: Radius of the neighbourhood, in the units of the params; relative to them where adaptive.
+        adaptive: Whether the neighbourhood scales with the params (ASAM with `eta = 0`).
+        model: The module whose buffers the second pass must leave as the first pass left them, or the buffers.
+        first_pass: Where the first gradient comes from in `step(closure)`, as in `SharpnessAware`.
+        **kwargs: Arguments of `base_optimizer`.
+
+    >>> w = torch.nn.Parameter(torch.tensor(1.0))
+    >>> optimizer = SAM([w], torch.optim.SGD, rho=0.5, lr=0.1)
+    >>> def closure():
+    ...     loss = w**2
+    ...     loss.backward()
+    ...     return loss
+    >>> optimizer.step(closure).item(), round(w.item(), 3)
+    (1.0, 0.7)
+
+    References:
+        Foret et al., 2021, algorithm 1; Kwon et al., 2021, equation 8.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base_optimizer: type[torch.optim.Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        model: nn.Module | Iterable[Tensor] | None = None,
+        first_pass: FirstPass = "auto",
+        **kwargs: Any,
+    ) -> None:
+        self._combine = None
+        self._start(params, base_optimizer, {"rho": rho, "adaptive": adaptive}, model, first_pass, kwargs)
+        self._climb()
+
+    def _climb(self) -> Transform:
+        rhos = [group["rho"] for group in self.param_groups]
+        checks.nonnegative("SAM", rho=rhos)
+        return adaptive_ascent(rhos, 0.0, [bool(group["adaptive"]) for group in self.param_groups])
+
+
+class Optimizer(_Front):
+    """Runs a whole chain as an optimizer of `torch.optim`; the closure is called as often as the chain asks.
+
+    Args:
+        params: Parameters or parameter groups.
+        transform: A transform, or with numbers in `**hyper` a function that makes one, as in `ensemble.vectorize`:
+            `Optimizer(params, lambda lr: chain(sam(0.05), sgd(lr)), lr=0.1)`. Trees are lists of groups, and numbers
+            that differ between groups come as lists, one per group.
+        model: The module whose buffers are to be those of the pass at the params, or the buffers.
+        **hyper: Numbers that live in the groups, where torch's learning rate schedulers find them.
+
+    Raises:
+        TypeError: If `transform` is not a `Transform`, or with numbers not a function.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        transform: Transform | Callable[..., Transform],
+        *,
+        model: nn.Module | Iterable[Tensor] | None = None,
+        **hyper: Any,
+    ) -> None:
+        if isinstance(transform, Transform) == bool(hyper):
+            wanted = "a function of the numbers that are given" if hyper else "a Transform"
+            raise TypeError(f"Optimizer: `transform` must be {wanted}, got {type(transform).__name__}.")
+        self._transform, self._names = transform, list(hyper)
+        super().__init__(params, hyper, model)
+        self._state: Any = None
+
+    def _made(self) -> Transform:
+        if isinstance(self._transform, Transform):
+            return self._transform
+        numbers = {name: [group[name] for group in self.param_groups] for name in self._names}
+        return self._transform(**{name: each[0] if len(each) == 1 else each for name, each in numbers.items()})
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """Takes a step and returns the loss at the params.
+
+        Args:
+            closure: Computes the loss, calls `backward` and returns the loss.
+
+        Raises:
+            TypeError: If there is no closure.
+        """
+        if closure is None:
+            raise TypeError("step: `closure` must be a function that computes the loss and calls `backward`, got None.")
+        transform, values = self._made(), self._values()
+        params = [_clones(group) for group in values]
+        state = transform.init(params) if self._state is None else self._state
+        first: list[list[Tensor]] = []
+
+        def grads_fn(w: Any) -> tuple[Any, Any]:
+            _copy(values, w)
+            self.zero_grad()
+            with torch.enable_grad():
+                loss = closure()
+            first.append([] if first else _clones(self._buffers()))
+            return self._grads(), loss
+
+        try:
+            updates, state, loss = transform.update(params, grads_fn, state)
+        finally:
+            _copy(values, params)
+            if first:
+                _copy([self._buffers()], [first[0]])
+            self.zero_grad()
+        _add(values, updates)
+        self._state = state
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the numbers of the groups and the state of the chain."""
+        return {**super().state_dict(), KEY: self._state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads what `state_dict` returned."""
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        self._state = state_dict.get(KEY)
+
+    _kept: ClassVar[tuple[str, ...]] = ("_transform", "_names", "_state", "_model")
