@@ -404,6 +404,92 @@ MUTATIONS += [
     ),
 ]
 
+FRONT = ("tests/test_torch_optim.py",)
+
+MUTATIONS += [
+    Mutation(
+        "the base optimizer steps at the probe",
+        "torch_optim.py",
+        "_copy(self._values(), self._between.params)",
+        "pass",
+        FRONT,
+    ),
+    Mutation(
+        "the second pass writes to the buffers",
+        "torch_optim.py",
+        "_copy([self._buffers()], [self._between.buffers])",
+        "pass",
+        FRONT,
+    ),
+    Mutation(
+        "groups have one rho",
+        "torch_optim.py",
+        'group["rho"] for group in self.param_groups',
+        'self.defaults["rho"] for group in self.param_groups',
+        FRONT,
+    ),
+    Mutation(
+        "groups are all adaptive or none is",
+        "torch_optim.py",
+        'bool(group["adaptive"]) for',
+        'bool(self.defaults["adaptive"]) for',
+        FRONT,
+    ),
+    Mutation(
+        "loading leaves the base optimizer behind",
+        "torch_optim.py",
+        "        self._share()\n        self._state = state_dict",
+        "        self._state = state_dict",
+        FRONT,
+    ),
+    Mutation(
+        "the state of the ascent is not saved",
+        "torch_optim.py",
+        "**self.base_optimizer.state_dict(), KEY: self._state",
+        "**self.base_optimizer.state_dict(), KEY: None",
+        FRONT,
+    ),
+    Mutation(
+        "the loss of the second pass is returned",
+        "torch_optim.py",
+        "return second if present else first",
+        "return second",
+        FRONT,
+    ),
+    Mutation(
+        "gradients stay after a step",
+        "torch_optim.py",
+        "            self.restore()\n        self.zero_grad()\n",
+        "            self.restore()\n",
+        FRONT,
+    ),
+    Mutation(
+        "a first pass that overflows is used",
+        "torch_optim.py",
+        "between.finite is None or between.finite",
+        "True",
+        FRONT,
+    ),
+    Mutation(
+        "norms are scaled", "torch_optim.py", "                scaler.unscale_(self)\n", "                pass\n", FRONT
+    ),
+    Mutation("schedulers think that nothing stepped", "torch_optim.py", "self._opt_called = True", "pass", FRONT),
+    Mutation(
+        "a gradient of one pass is lost",
+        "torch_optim.py",
+        "if p.grad is not None or g is not None:",
+        "if p.grad is not None:",
+        FRONT,
+    ),
+    Mutation(
+        "a chain keeps the buffers of its probe",
+        "torch_optim.py",
+        "_copy([self._buffers()], [first[0]])",
+        "pass",
+        FRONT,
+    ),
+]
+
 
 def survives(mutation: Mutation) -> bool:
     """Tells whether all tests pass on the mutated copy.
