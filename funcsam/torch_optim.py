@@ -265,7 +265,8 @@ class SharpnessAware(_Front):
 
         Args:
             closure: Computes the loss, calls `backward` and returns the loss. Where no gradient is present it is called
-                for both passes; where gradients are present, these are the first pass. See `first_pass`.
+                for both passes; where gradients are present, these are the first pass. See `first_pass`. Without a
+                closure a step that `first_step` has begun is finished, for trainers that call `step()` themselves.
             scaler: A gradient scaler, whose `scale(loss).backward()` the closure calls. Gradients are unscaled before
                 any norm, and the step is skipped as a whole if either pass is not finite. `scaler.update()` stays with
                 the caller.
@@ -274,14 +275,16 @@ class SharpnessAware(_Front):
             The loss at the params if the closure has computed it, otherwise that of the second pass.
 
         Raises:
-            TypeError: If there is no closure.
+            TypeError: If there is neither a closure nor a step to finish.
             RuntimeError: If gradients are present or missing against what `first_pass` says.
         """
         if closure is None:
-            raise TypeError(
-                "step: `closure` must be a function that computes the loss and calls `backward`, got None. "
-                "Give one, or call `first_step`, a second forward and backward pass, and `second_step`."
-            )
+            if self._between is None:
+                raise TypeError(
+                    "step: `closure` must be a function that computes the loss and calls `backward`, got None. "
+                    "Give one, or call `first_step`, a second forward and backward pass, and `second_step`."
+                )
+            return self.second_step(zero_grad=True)
         present = self._has_grads()
         if self.first_pass == "closure" and present:
             raise RuntimeError(

@@ -194,13 +194,6 @@ class TestLightning:
 # Hugging Face Trainer
 
 
-class SAMForTrainer(SAM):
-    """The trainer calls `step` without a closure, after the gradients of `training_step`."""
-
-    def step(self, closure=None, **kwargs):
-        return self.second_step() if closure is None else super().step(closure, **kwargs)
-
-
 class SAMTrainer(transformers.Trainer):
     """Takes both passes in `training_step`, over all slices of a batch; the trainer clips the gradient and steps."""
 
@@ -271,7 +264,7 @@ def train(path, resume=None, accumulate=1, **kwargs):
         args=arguments,
         train_dataset=sentences(),
         compute_loss_func=mean_over_items,
-        optimizer_cls_and_kwargs=(SAMForTrainer, {"base_optimizer": torch.optim.AdamW, "rho": RHO, **ADAMW}),
+        optimizer_cls_and_kwargs=(SAM, {"base_optimizer": torch.optim.AdamW, "rho": RHO, **ADAMW}),
     )
     trainer.train(resume_from_checkpoint=resume)
     return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -648,6 +648,20 @@ def test_bad_arguments_are_refused(make, error, text):
     assert text in str(caught.value)
 
 
+def test_a_step_without_a_closure_finishes_what_has_begun():
+    """For trainers that call `step()` themselves."""
+    model, data = model_and_data()
+    other = copy.deepcopy(model)
+    two_step(SAM(other.parameters(), rho=0.2, **SGD), other, data)
+    optimizer = SAM(model.parameters(), rho=0.2, **SGD)
+    for batch in data:
+        loss(model, *batch).backward()
+        optimizer.first_step(zero_grad=True)
+        loss(model, *batch).backward()
+        optimizer.step()
+    equal(fs.nn.split(model), fs.nn.split(other))
+
+
 def test_two_first_steps_in_a_row_are_refused():
     model, data = model_and_data()
     optimizer = SAM(model.parameters(), **SGD)
