@@ -124,7 +124,7 @@ class SharpnessAware(_Front):
             group is the list of its params, so that a prefix such as `rho=[0.05, 0.1]` is one number per group.
         combine: `combine(grads, probe)` from the gradients of both passes to that of the step; `None` takes the second.
         model: The module whose buffers (running statistics) the second pass must leave as the first pass left them, or
-            the buffers.
+            its buffers, if it writes to them and does not replace them.
         first_pass: Where the first gradient comes from in `step(closure)`. `"closure"`: from the closure, which is
             called twice. `"gradients"`: from the backward pass that was done before. `"auto"`: from gradients if there
             are any, which is ambiguous where gradients are accumulated.

@@ -431,14 +431,19 @@ def test_named_parameters():
 
 @pytest.mark.parametrize("name", ["batch norm", "averages", "instance norm"])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_running_statistics_are_updated_twice(loop, name):
+@pytest.mark.parametrize("given", [lambda model: model, lambda model: model.buffers()], ids=["model", "buffers"])
+def test_running_statistics_are_updated_twice(loop, name, given):
     """They are not, whatever the type of the module; without the model they would be."""
     (model, data), (single, _) = model_and_data(name), model_and_data(name)
-    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.2, lr=0.0, model=model)
+    known = model if name == "averages" else given(model)  # it rebinds its buffers: only the module knows them
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.2, lr=0.0, model=known)
     loop(optimizer, model, data)
     for batch in data:
         loss(single, *batch)
     equal(fs.nn.split(model)[1], fs.nn.split(single)[1])
+    twice = built(MODULES[name])
+    loop(SAM(twice.parameters(), torch.optim.SGD, rho=0.2, lr=0.0), twice, data)
+    assert any((a != b).any() for a, b in zip(twice.buffers(), model.buffers(), strict=True))
 
 
 # Where the first pass comes from
