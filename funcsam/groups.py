@@ -69,8 +69,9 @@ def partition(labels: Labels, transforms: Mapping[Any, Transform]) -> Transform:
 
     def spread(params: Any) -> list[Any]:
         found = tree.spread(labels, params)
-        for label, path in zip(found, checks.paths(params), strict=True):
+        for position, label in enumerate(found):
             if label not in transforms:
+                path = checks.paths(params)[position]
                 raise ValueError(f"partition: `transforms` must have every label, got none for {label!r} at {path}.")
         return found
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from funcsam import checks, tree
-from funcsam.family.sam import adaptive_ascent
+from funcsam.family.sam import adaptive_ascent, plain_ascent
 from funcsam.sharpness import Combine
 from funcsam.transform import Transform
 
@@ -365,6 +365,9 @@ class SAM(SharpnessAware):
         Foret et al., 2021, algorithm 1; Kwon et al., 2021, equation 8.
     """
 
+    _kept: ClassVar[tuple[str, ...]] = tuple(name for name in SharpnessAware._kept if name != "_ascent")
+    _numbers: list[tuple[Any, bool]] | None = None
+
     def __init__(
         self,
         params: Params,
@@ -381,9 +384,15 @@ class SAM(SharpnessAware):
         self._climb()
 
     def _climb(self) -> Transform:
-        rhos = [group["rho"] for group in self.param_groups]
-        checks.nonnegative("SAM", rho=rhos)
-        return adaptive_ascent(rhos, 0.0, [bool(group["adaptive"]) for group in self.param_groups])
+        numbers = [(group["rho"], bool(group["adaptive"])) for group in self.param_groups]
+        if numbers != self._numbers:
+            rhos, adaptive = ([number[k] for number in numbers] for k in (0, 1))
+            checks.nonnegative("SAM", rho=rhos)
+            rho = rhos[0] if all(each == rhos[0] for each in rhos) else rhos
+            mask = None if all(adaptive) else adaptive
+            self._ascent = adaptive_ascent(rho, 0.0, mask) if any(adaptive) else plain_ascent(rho)
+            self._numbers = numbers
+        return self._ascent
 
 
 class Optimizer(_Front):

@@ -342,7 +342,8 @@ def masks(mask: Mask, x: Tree) -> list[bool]:
     if mask is None:
         return [True] * len(optree.tree_leaves(x))
     chosen = spread(mask, x)
-    for on, path in zip(chosen, checks.paths(x), strict=True):
+    for position, on in enumerate(chosen):
         if not isinstance(on, bool):
+            path = checks.paths(x)[position]
             raise TypeError(f"tree: a `mask` must hold booleans, got {type(on).__name__} at {path}.")
     return chosen

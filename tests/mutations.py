@@ -39,8 +39,8 @@ MUTATIONS = [
     Mutation(
         "ascent goes down",
         "family/sam.py",
-        "chain(normalize(), scale(rho))",
-        "chain(normalize(), scale(rho), scale(-1))",
+        "return chain(normalize(), scale(rho))",
+        "return chain(normalize(), scale(rho), scale(-1))",
     ),
     Mutation(
         "asam multiplies by T once",
@@ -424,15 +424,22 @@ MUTATIONS += [
     Mutation(
         "groups have one rho",
         "torch_optim.py",
-        'group["rho"] for group in self.param_groups',
-        'self.defaults["rho"] for group in self.param_groups',
+        '(group["rho"], bool(group["adaptive"])) for',
+        '(self.defaults["rho"], bool(group["adaptive"])) for',
         FRONT,
     ),
     Mutation(
         "groups are all adaptive or none is",
         "torch_optim.py",
-        'bool(group["adaptive"]) for',
-        'bool(self.defaults["adaptive"]) for',
+        '(group["rho"], bool(group["adaptive"])) for',
+        '(group["rho"], bool(self.defaults["adaptive"])) for',
+        FRONT,
+    ),
+    Mutation(
+        "a radius that moves is read once",
+        "torch_optim.py",
+        "if numbers != self._numbers",
+        "if not self._numbers",
         FRONT,
     ),
     Mutation(

@@ -248,6 +248,18 @@ def test_other_schedulers(schedule):
     assert numbers[0] == numbers[1]
 
 
+def test_a_radius_may_move():
+    """`rho` in a group is read at every step, as a learning rate is."""
+    model, data = model_and_data()
+    other = copy.deepcopy(model)
+    optimizer = SAM(model.parameters(), rho=0.2, **SGD)
+    for k, batch in enumerate(data):
+        optimizer.param_groups[0]["rho"] = 0.2 / (k + 1)
+        closures(optimizer, model, [batch])
+    tx = fs.chain(fs.sam(lambda step: 0.2 / (step + 1)), fs.sgd(0.1, momentum=0.9))
+    close(fs.nn.split(model)[0], pure_loop(other, data, tx=tx)[0], rtol=1e-6)
+
+
 # What users complain about
 
 

@@ -37,7 +37,12 @@ def sam(rho: Any = 0.05) -> Transform:
         Foret et al., 2021, equation 2 and algorithm 1. arXiv 2010.01412.
     """
     checks.nonnegative("sam", rho=rho)
-    return sharpness_aware(chain(normalize(), scale(rho)))
+    return sharpness_aware(plain_ascent(rho))
+
+
+def plain_ascent(rho: Any) -> Transform:
+    """Returns the chain from gradient to perturbation of `sam`."""
+    return chain(normalize(), scale(rho))
 
 
 def asam(rho: Any = 2.0, eta: Any = 0.0, mask: tree.Mask = None) -> Transform:
@@ -75,7 +80,7 @@ def asam(rho: Any = 2.0, eta: Any = 0.0, mask: tree.Mask = None) -> Transform:
 
 
 def adaptive_ascent(rho: Any, eta: Any, mask: tree.Mask) -> Transform:
-    """Returns the chain from gradient to perturbation of `asam`, and with a mask that is False everywhere of `sam`."""
+    """Returns the chain from gradient to perturbation of `asam`."""
     magnitude = scale_by_magnitude(eta, mask)
     return chain(magnitude, normalize(), magnitude, scale(rho))
 

@@ -34,6 +34,7 @@ FLOOR = "floor: 2 x (forward + backward), torch.optim.SGD"
 EAGER = "funcsam, eager"
 FUNC = "funcsam, eager, torch.func backend"
 COMPILED = "funcsam, compiled step"
+FRONT = "funcsam.torch_optim.SAM, eager"
 PEER = "pytorch_optimizer SAM, eager"
 PEER_COMPILED = "pytorch_optimizer SAM, compiled model"
 JAX = "optax.contrib.sam, jitted step"
@@ -109,12 +110,14 @@ def _floor(case: Case) -> Row:
     return Row(FLOOR, step, lambda: common.named(model), lambda: common.optimizer_tensors(model, optimizer))
 
 
-def _peer(case: Case, compiled: bool = False) -> Row:
-    from pytorch_optimizer import SAM
+def _two_steps(case: Case, name: str, compiled: bool = False) -> Row:
+    """A loop with `loss.backward()`, with the peer's optimizer or with the front end that has its interface."""
+    from pytorch_optimizer import SAM as PEERS
 
     case = case.channels_last() if compiled else case
     model, x, y = copy.deepcopy(case.model), case.x, case.y
-    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, momentum=MOMENTUM)
+    sam: Any = fs.torch_optim.SAM if name == FRONT else PEERS
+    optimizer = sam(model.parameters(), torch.optim.SGD, rho=RHO, lr=LR, momentum=MOMENTUM)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:
@@ -123,7 +126,6 @@ def _peer(case: Case, compiled: bool = False) -> Row:
         F.cross_entropy(forward(x), y).backward()
         optimizer.second_step(zero_grad=True)
 
-    name = PEER_COMPILED if compiled else PEER
     held = functools.partial(common.optimizer_tensors, model, optimizer.base_optimizer)
     return Row(name, step, lambda: common.named(model), held, compiled=compiled)
 
@@ -198,8 +200,9 @@ def _rows(case: Case) -> list[Row]:
         _funcsam(case, EAGER, "autograd"),
         _funcsam(case, FUNC, "func"),
         _funcsam(case, COMPILED, "auto", compiled=True),
-        _peer(case),
-        _peer(case, compiled=True),
+        _two_steps(case, FRONT),
+        _two_steps(case, PEER),
+        _two_steps(case, PEER_COMPILED, compiled=True),
     ]
     if case.x.ndim == 2 and util.find_spec("jax") and util.find_spec("optax"):
         rows.append(_optax(case))
