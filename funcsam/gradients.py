@@ -45,7 +45,13 @@ def grad_and_value(loss_fn: Loss, has_aux: bool = False, backend: Backend = "aut
 
 
 class GradAndValue:
-    """What `grad_and_value` returns."""
+    """What `grad_and_value` returns.
+
+    Attributes:
+        exact: That an answer is `(grads, aux)` with dense gradients in the structure of the params: no need to look.
+    """
+
+    exact = True
 
     def __init__(self, loss_fn: Loss, has_aux: bool, backend: Backend, factor: Tensor | None = None) -> None:
         self.loss_fn, self.has_aux, self.backend, self.factor = loss_fn, has_aux, backend, factor
@@ -82,7 +88,14 @@ def _func(fn: GradAndValue, params: P, batch: tuple[Any, ...]) -> tuple[P, Tenso
         return params, *fn.evaluate(fn.loss_fn, params, batch)[1]
     differentiate = torch.func.grad(lambda params, *batch: fn.evaluate(fn.loss_fn, params, batch), has_aux=True)
     grads, (loss, aux) = differentiate(params, *batch)
+    leaves, spec = tree.flatten(grads)
+    if any(g.layout is not torch.strided for g in leaves):
+        grads = tree.unflatten(spec, map(_dense, leaves), params)
     return grads, loss, aux
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad if grad.layout is torch.strided else grad.to_dense()
 
 
 def _autograd(fn: GradAndValue, params: P, batch: tuple[Any, ...]) -> tuple[P, Tensor, Any]:
@@ -96,7 +109,7 @@ def _autograd(fn: GradAndValue, params: P, batch: tuple[Any, ...]) -> tuple[P, T
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         target, (loss, aux) = fn.evaluate(loss_fn, tree.unflatten(spec, leaves, params), batch)
         if target.requires_grad and leaves:
-            grads = torch.autograd.grad(target, leaves, materialize_grads=True)
+            grads = tuple(map(_dense, torch.autograd.grad(target, leaves, materialize_grads=True)))
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
     aux = optree.tree_map(Tensor.detach, aux)

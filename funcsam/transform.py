@@ -39,6 +39,7 @@ class _Checked:
     def __init__(self, grads_fn: GradsFn) -> None:
         checks.function("update", grads_fn=grads_fn)
         self.grads_fn = grads_fn
+        self.exact = getattr(grads_fn, "exact", False)
 
     def scaled(self, factor: Tensor) -> "_Checked | None":
         """Returns the same for the loss times a factor, or `None` where the user's function cannot say."""
@@ -47,6 +48,8 @@ class _Checked:
 
     def __call__(self, params: P, *batch: Any) -> tuple[P, Aux]:
         answer = self.grads_fn(params, *batch)
+        if self.exact:
+            return answer  # type: ignore[no-any-return]
         leaves, spec = tree.flatten(params)
         pair = isinstance(answer, tuple) and len(answer) == 2
         grads, found = (tree.flatten(answer[0])) if pair else ([], None)
@@ -118,8 +121,9 @@ class Transform:
 
     def step(self, params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
         """Updates and applies the updates; returns `(params, state, aux)`."""
+        params = tree.detached(params)
         updates, state, aux = self.update(params, grads_fn, state, *batch)
-        return apply_updates(params, updates), state, aux
+        return tree.add(params, updates, "apply_updates", "updates"), state, aux
 
 
 def apply_updates(params: P, updates: P) -> P:

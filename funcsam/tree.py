@@ -299,6 +299,8 @@ def _norm(x: Tensor) -> Tensor:
 def reciprocal(x: Tensor) -> Tensor:
     """Returns `1 / x` with `1 / 0 = 0`; NaN and infinity both give NaN, so that neither passes for a small factor."""
     zero = x == 0
+    if eager() and not x.requires_grad:
+        return torch.where(zero, x, x.reciprocal()) + (x - x)
     return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, x)) + (x - x)
 
 
