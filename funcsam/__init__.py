@@ -9,7 +9,7 @@ meaning:
     params, state, loss = tx.step(params, grads_fn, state, *batch)
 """
 
-from funcsam import ensemble, nn, torch_optim
+from funcsam import distributed, ensemble, nn, torch_optim
 from funcsam.batches import ascent_batch, microbatch
 from funcsam.decay import DecayState, add_decayed_weights
 from funcsam.family.sam import asam, sam, sam_update
@@ -53,6 +53,7 @@ __all__ = [
     "common_randomness",
     "constant",
     "cosine",
+    "distributed",
     "dynamic_loss_scale",
     "ensemble",
     "freeze",

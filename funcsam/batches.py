@@ -49,15 +49,17 @@ def taken_apart(where: str, batch: tuple[Any, ...], in_dims: InDims) -> Batch:
         )
     given: Any = batch
     leaves: list[Any]
-    leaves, spec = optree.tree_flatten(given, none_is_leaf=True)
+    leaves, spec = optree.tree_flatten(given, is_leaf=tree.empty, none_is_leaf=True)
     try:
-        axes: list[Any] = optree.broadcast_prefix(in_dims, given, none_is_leaf=True)
+        axes: list[Any] = optree.broadcast_prefix(in_dims, given, is_leaf=tree.empty, none_is_leaf=True)
     except ValueError as error:
         raise ValueError(f"{where}: `in_dims` must fit the batch, got {in_dims}: {error}") from None
     sizes: dict[int, str] = {}
-    for path, leaf, axis in zip(optree.tree_paths(given, none_is_leaf=True), leaves, axes, strict=True):
+    axes = [None if tree.empty(leaf) else axis for leaf, axis in zip(leaves, axes, strict=True)]
+    for position, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)):
         if axis is None:
             continue
+        path = optree.tree_paths(given, is_leaf=tree.empty, none_is_leaf=True)[position]
         place = f"argument {path[0]}" + "".join(f"[{key!r}]" for key in path[1:])
         if not isinstance(leaf, Tensor):
             hint = "Give it None in `in_dims`."
@@ -81,26 +83,28 @@ def taken_apart(where: str, batch: tuple[Any, ...], in_dims: InDims) -> Batch:
 
 def _mean(parts: list[tuple[float, Any]]) -> Any:
     """Averages the floating-point leaves of trees by their weights; of others it takes the first."""
-    leaves, spec = tree.flatten(parts[0][1])
+    leaves, spec = tree.flatten_any(parts[0][1])
     total = [parts[0][0] * _wide(x) if _averaged(x) else x for x in leaves]
     for weight, part in parts[1:]:
-        pairs = zip(total, tree.flatten(part)[0], strict=True)
+        pairs = zip(total, tree.flatten_any(part)[0], strict=True)
         total = [sum_ + weight * _wide(x) if _averaged(x) else sum_ for sum_, x in pairs]
-    return optree.tree_unflatten(spec, [sum_.to(x.dtype) for sum_, x in zip(total, leaves, strict=True)])
+    done = [sum_.to(x.dtype) if _averaged(x) else sum_ for sum_, x in zip(total, leaves, strict=True)]
+    return optree.tree_unflatten(spec, done)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _averaged(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()
+def _averaged(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def _flat_mean(stacked: Any) -> Any:
     """Averages over the leading axis, likewise."""
-    leaves, spec = tree.flatten(stacked)
-    return optree.tree_unflatten(spec, [x.mean(0) if _averaged(x) else x[0].clone() for x in leaves])
+    leaves, spec = tree.flatten_any(stacked)
+    means = [x.mean(0) if _averaged(x) else x if tree.empty(x) else x[0].clone() for x in leaves]
+    return optree.tree_unflatten(spec, means)
 
 
 def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | None = None) -> Transform:

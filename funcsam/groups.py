@@ -105,10 +105,10 @@ def _partition(spread: Callable[[Any], list[Any]], transforms: Mapping[Any, Tran
 
 def _own(group: _Group, params: P, grads_fn: GradsFn, batch: tuple[Any, ...], grads: P) -> GradsFn:
     """What a group sees as its grads_fn; at the params, and on the whole batch, the answer is known."""
-    here, _ = tree.flatten((group.of(params), batch))
+    here, _ = tree.flatten_any((group.of(params), batch))
 
     def evaluate(part: Any, *args: Any) -> tuple[Any, Aux]:
-        if _same(here, tree.flatten((part, args))[0]):
+        if _same(here, tree.flatten_any((part, args))[0]):
             return group.of(grads), ()
         found, _ = grads_fn(group.put(part, params), *args)
         return group.of(found), ()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcsam import checks, tree
-from funcsam.transform import Aux, GradsFn, State, Transform, saveable
+from funcsam.transform import Aux, GradsFn, Kept, State, Transform, saveable
 
 P = TypeVar("P")
 
@@ -103,6 +103,6 @@ def _unscaled(grads_fn: GradsFn, scale: Tensor) -> GradsFn:
         grads, aux = scaled(params, *batch)
         finite = tree.all_finite(grads)
         grads = tree.scale(torch.where(finite, 1 / scale, torch.nan), grads)
-        return grads, (finite.to(scale.dtype), aux)
+        return grads, Kept(finite.to(scale.dtype), aux)
 
     return evaluate

@@ -8,7 +8,7 @@ the first evaluation a transform asks for.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -159,12 +159,19 @@ def lift(init: Init, update: PlainUpdate) -> Transform:
     return Transform(init, lifted)
 
 
+class Kept(NamedTuple):
+    """What travels in the place of `aux` inside a chain: the new states upstream, and the `aux` of the user."""
+
+    states: Any
+    aux: Aux
+
+
 def _behind(part: Transform, state: State, grads_fn: GradsFn) -> GradsFn:
     """What a downstream transform sees as its grads_fn; the new states travel inside aux."""
 
-    def upstream(params: P, *batch: Any) -> tuple[P, tuple[tuple[State, ...], Aux]]:
+    def upstream(params: P, *batch: Any) -> tuple[P, Kept]:
         updates, new, (states, aux) = part._update(params, grads_fn, state, *batch)
-        return updates, ((*states, new), aux)
+        return updates, Kept((*states, new), aux)
 
     return upstream
 
@@ -201,9 +208,9 @@ def chain(*transforms: Transform) -> Transform:
                 "Make it with `init`."
             )
 
-        def composed(params: P, *batch: Any) -> tuple[P, tuple[tuple[State, ...], Aux]]:
+        def composed(params: P, *batch: Any) -> tuple[P, Kept]:
             grads, aux = grads_fn(params, *batch)
-            return grads, ((), aux)
+            return grads, Kept((), aux)
 
         for part, part_state in zip(parts, state, strict=True):
             composed = _behind(part, part_state, composed)

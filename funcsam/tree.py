@@ -30,6 +30,20 @@ def flatten(x: Any) -> tuple[list[Tensor], optree.PyTreeSpec]:
     return leaves, spec
 
 
+def empty(x: Any) -> bool:
+    """Tells whether a node is a dict without entries, as the buffers of many modules are."""
+    return isinstance(x, dict) and not x
+
+
+def flatten_any(x: Any) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Flattens what may hold empty dicts, such as `aux` and batches; these count as leaves.
+
+    The compiler cannot take an empty dict apart (torch 2.13 with optree 0.20).
+    """
+    leaves, spec = optree.tree_flatten(x, is_leaf=empty)
+    return leaves, spec
+
+
 def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any], like: P) -> P:
     """Puts leaves into a structure, which is that of `like`; type checkers learn its type from there."""
     tree: P = optree.tree_unflatten(spec, leaves)  # type: ignore[assignment]

@@ -293,15 +293,15 @@ MUTATIONS += [
     Mutation(
         "groups that have a batch ask again",
         "groups.py",
-        "tree.flatten((group.of(params), batch))",
-        "tree.flatten((group.of(params), ()))",
+        "tree.flatten_any((group.of(params), batch))",
+        "tree.flatten_any((group.of(params), ()))",
         GROUPS,
     ),
     Mutation(
         "a slice is taken for the batch",
         "groups.py",
-        "tree.flatten((part, args))[0]",
-        "tree.flatten((part, batch))[0]",
+        "tree.flatten_any((part, args))[0]",
+        "tree.flatten_any((part, batch))[0]",
         GROUPS,
     ),
     Mutation(

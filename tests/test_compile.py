@@ -63,6 +63,18 @@ def test_a_run_compiles_once(name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", ["m-sharpness", "groups"])
+def test_a_model_without_buffers(name):
+    """Whose buffers are an empty dict."""
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.arange(6) % 3
+    grads_fn = fs.grad_and_value(fs.nn.loss_fn(model, lambda model, x, y: F.cross_entropy(model(x), y)), has_aux=True)
+    tx, (params, buffers) = CHAINS[name], fs.nn.split(model)
+    step = torch.compile(tx.step, backend="eager", fullgraph=True)
+    answers = [take(params, grads_fn, tx.init(params), buffers, x, y) for take in (step, tx.step)]
+    close(*answers, rtol=1e-5)
+    assert answers[0][2][1] == {}
+
+
 @pytest.mark.parametrize("name", ["asam, adamw", "m-sharpness"])
 def test_a_run_of_an_ensemble_compiles_once(name):
     """Each member with its own batches and its own dropout masks."""

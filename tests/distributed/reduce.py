@@ -1,0 +1,102 @@
+"""Run by torchrun on gloo processes: chains with `all_reduce_mean` in different places, each rank on its own slice.
+
+torchrun --nproc-per-node=2 tests/distributed/reduce.py OUT
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import funcsam as fs
+from funcsam.distributed import all_reduce_mean, broadcast
+
+EXAMPLES = 8
+
+
+def network(seed=0):
+    """A net with running statistics."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def smooth(seed=0):
+    """A net whose examples do not see each other."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def data():
+    """Three batches of eight examples."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, EXAMPLES, 4, generator=generator, dtype=torch.float64)
+    return list(zip(x, torch.randint(3, (3, EXAMPLES), generator=generator), strict=True))
+
+
+def train(tx, model, batches, start=None, compiled=False):
+    """Params, buffers and losses after all batches."""
+    loss_fn = fs.nn.loss_fn(model, lambda model, x, y: nn.functional.cross_entropy(model(x), y))
+    grads_fn = fs.grad_and_value(loss_fn, has_aux=True)
+    params, buffers = fs.nn.split(model) if start is None else start
+    state, losses = tx.init(params), []
+    step = torch.compile(tx.step, backend="aot_eager", fullgraph=True) if compiled else tx.step
+    for batch in batches:
+        params, state, (loss, buffers) = step(params, grads_fn, state, buffers, *batch)
+        losses.append(loss.detach())
+    return params, buffers, torch.stack(losses)
+
+
+def sgd():
+    return fs.sgd(0.1, momentum=0.9)
+
+
+def overflowing(tx, own):
+    """One step where the loss of the last rank is infinite: the params and the scale."""
+    bad = dist.get_rank() == dist.get_world_size() - 1
+    grads_fn = fs.grad_and_value(lambda w, x: (w * x).sum() * (torch.inf if bad else 1.0))
+    w = torch.ones(4, dtype=torch.float64)
+    w, state, _ = tx.step(w, grads_fn, tx.init(w), own[0][0][0])
+    return w, state.scale
+
+
+def refused(params):
+    """What is said of params that differ."""
+    try:
+        all_reduce_mean().init(params)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def main():
+    """Computes every case and writes what this rank has."""
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size = EXAMPLES // world
+    own = [(x[rank * size : (rank + 1) * size], y[rank * size : (rank + 1) * size]) for x, y in data()]
+    found = {
+        "common": train(fs.chain(all_reduce_mean(), fs.sam(0.2), sgd()), smooth(), own),
+        "own": train(fs.chain(fs.sam(0.2), all_reduce_mean(), sgd()), smooth(), own),
+        "momentum upstream": train(fs.chain(fs.trace(0.5), all_reduce_mean(), fs.sam(0.2), sgd()), smooth(), own),
+        "small buckets": train(fs.chain(all_reduce_mean(bucket_bytes=64), fs.sam(0.2), sgd()), smooth(), own),
+        "compiled": train(fs.chain(fs.sam(0.2), all_reduce_mean(), sgd()), smooth(), own, compiled=True),
+    }
+    for rule in ("mean", "first", "local"):
+        found[rule] = train(fs.chain(fs.sam(0.2), all_reduce_mean(aux=rule), sgd()), network(), own)
+    other = fs.nn.split(network(seed=rank))
+    found["refused"] = refused(other[0])
+    found["broadcast"] = train(fs.chain(all_reduce_mean(), sgd()), network(seed=rank), own, start=broadcast(other))
+    scaled = fs.dynamic_loss_scale(fs.chain(fs.sam(0.1), all_reduce_mean(), sgd()))
+    found["overflow"] = overflowing(scaled, own)
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("nodes", "node"))
+        parts = (all_reduce_mean(mesh["node"]), fs.sam(0.2), all_reduce_mean(mesh["nodes"]), sgd())
+        found["nodes"] = train(fs.chain(*parts), smooth(), own)
+    torch.save(found, f"{sys.argv[1]}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""`all_reduce_mean` on real processes: the place in the chain says which SAM it is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import funcsam as fs
+from funcsam.distributed import all_reduce_mean, broadcast
+from tests.asserts import close, equal
+from tests.distributed.reduce import EXAMPLES, data, network, sgd, smooth, train
+
+ROOT = Path(__file__).parent.parent
+DIMS = (None, 0, 0)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """What the processes ended with."""
+    out = tmp_path_factory.mktemp("ranks")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
+    command = [*launch, "tests/distributed/reduce.py", str(out)]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+def sliced(world):
+    """The chain of one process that takes one ascent per slice."""
+    return fs.chain(fs.microbatch(fs.sam(0.2), world, DIMS), sgd())
+
+
+def test_before_sam_it_is_one_ascent_for_all(ranks):
+    """`chain(all_reduce_mean(), sam(rho), sgd(lr))` is SAM on the whole batch; the loss is that of the whole batch."""
+    close(ranks[0]["common"], train(fs.chain(fs.sam(0.2), sgd()), smooth(), data()), rtol=1e-12)
+
+
+def test_after_sam_it_is_m_sharpness(ranks):
+    """`chain(sam(rho), all_reduce_mean(), sgd(lr))` is `chain(microbatch(sam(rho), ranks), sgd(lr))`."""
+    close(ranks[0]["own"], train(sliced(len(ranks)), smooth(), data()), rtol=1e-12)
+    assert (ranks[0]["own"][0]["0.weight"] - ranks[0]["common"][0]["0.weight"]).abs().max() > 1e-6
+
+
+def test_states_upstream_are_averaged(ranks):
+    """Momentum in front of the average is momentum of the average."""
+    tx = fs.chain(fs.trace(0.5), fs.sam(0.2), sgd())
+    close(ranks[0]["momentum upstream"], train(tx, smooth(), data()), rtol=1e-12)
+
+
+def test_buckets_change_nothing(ranks):
+    close(ranks[0]["small buckets"], ranks[0]["common"], rtol=1e-14)
+
+
+def test_a_compiled_step_is_the_step(ranks):
+    """One graph, collectives included."""
+    close(ranks[0]["compiled"], ranks[0]["own"], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "case", ["common", "own", "small buckets", "compiled", "mean", "first", "broadcast", "overflow"]
+)
+def test_ranks_end_alike(ranks, case):
+    """Bit for bit."""
+    for other in ranks[1:]:
+        equal(other[case], ranks[0][case])
+
+
+def test_buffers_are_averaged_taken_from_the_first_rank_or_kept(ranks):
+    """As told; the params do not depend on it."""
+    kept = [rank["local"][1]["1.running_mean"] for rank in ranks]
+    assert (kept[0] != kept[1]).any()
+    close(ranks[0]["mean"][1]["1.running_mean"], sum(kept) / len(kept), rtol=1e-12)
+    equal(ranks[0]["first"][1]["1.running_mean"], kept[0])
+    equal(ranks[0]["first"][0], ranks[0]["local"][0])
+    whole = train(sliced(len(ranks)), network(), data())
+    close(ranks[0]["mean"], whole, rtol=1e-12)
+    assert ranks[0]["mean"][1]["1.num_batches_tracked"] == 3
+
+
+def test_ranks_that_start_from_different_seeds_are_refused(ranks):
+    """On every rank, with what to do; a broadcast starts all of them from the first."""
+    for rank in ranks:
+        assert "all_reduce_mean: `params` must be the same on every rank, got others on rank 1" in rank["refused"]
+        assert "Start with `params = broadcast(params)`." in rank["refused"]
+    size = EXAMPLES // len(ranks)
+    wanted = train(fs.chain(fs.microbatch(fs.identity(), len(ranks), DIMS), sgd()), network(), data())
+    assert size * len(ranks) == EXAMPLES
+    close(ranks[0]["broadcast"], wanted, rtol=1e-12)
+
+
+def test_an_overflow_on_one_rank_is_seen_by_all(ranks):
+    """The step is skipped by every rank, and every scale backs off."""
+    for rank in ranks:
+        w, scale = rank["overflow"]
+        equal(w, torch.ones(4, dtype=torch.float64))
+        assert scale == 2.0**15
+
+
+def test_one_ascent_per_node(ranks):
+    """Averages inside a node before the ascent and across nodes after it: two slices of two ranks each."""
+    if "nodes" in ranks[0]:
+        close(ranks[0]["nodes"][0], train(sliced(2), smooth(), data())[0], rtol=1e-12)
+
+
+def test_it_says_what_is_missing():
+    with pytest.raises(RuntimeError, match=r"all_reduce_mean: torch\.distributed must be initialised"):
+        all_reduce_mean().init(torch.ones(1))
+    with pytest.raises(RuntimeError, match=r"broadcast: torch\.distributed must be initialised"):
+        broadcast(torch.ones(1))
+    with pytest.raises(ValueError, match='`aux` must be "mean", "first" or "local", got \'sum\''):
+        all_reduce_mean(aux="sum")
+    with pytest.raises(ValueError, match="`bucket_bytes` must be at least 1, got 0"):
+        all_reduce_mean(bucket_bytes=0)
+    with pytest.raises(RuntimeError, match="must not run under `vmap`"):
+        fs.ensemble.vectorize(all_reduce_mean()).update(torch.ones(2), lambda w: w, ())
