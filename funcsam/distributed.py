@@ -13,7 +13,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from funcsam import checks, tree
+from funcsam import checks, levels, tree
 from funcsam.transform import Aux, GradsFn, Kept, State, Transform
 
 P = TypeVar("P")
@@ -127,7 +127,7 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
         return (_averaged if aux == "mean" else _first)(found, ranks, bucket_bytes)
 
     def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
-        if not torch.compiler.is_compiling() and not tree.eager():
+        if not torch.compiler.is_compiling() and not levels.eager():
             raise RuntimeError(
                 "all_reduce_mean: must not run under `vmap` or another transform of torch.func, got one. "
                 "Put it outside of them."
@@ -141,7 +141,7 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
 
 def _alike(params: Any, group: dist.ProcessGroup) -> None:
     leaves = [leaf for leaf in tree.flatten(params)[0] if not leaf.is_meta and leaf.numel()]
-    if not leaves or not tree.eager():
+    if not leaves or not levels.eager():
         return
     own = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
     mine = torch.stack([part for leaf in own for part in (leaf.double().sum(), leaf.double().square().sum())])

@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import checks, tree
+from funcsam import checks, levels, tree
 
 P = TypeVar("P")
 Loss = Callable[..., Any]
@@ -62,7 +62,7 @@ class GradAndValue:
 
     def __call__(self, params: P, *batch: Any) -> tuple[P, Any]:
         """Returns `(grads, loss)`, or `(grads, (loss, aux))` with `has_aux`."""
-        if self.backend == "autograd" or (self.backend == "auto" and tree.eager()):
+        if self.backend == "autograd" or (self.backend == "auto" and levels.eager()):
             grads, loss, aux = _autograd(self, params, batch)
         else:
             grads, loss, aux = _func(self, params, batch)
@@ -99,7 +99,7 @@ def _dense(grad: Tensor) -> Tensor:
 
 
 def _autograd(fn: GradAndValue, params: P, batch: tuple[Any, ...]) -> tuple[P, Tensor, Any]:
-    if not torch.compiler.is_compiling() and not tree.eager():
+    if not torch.compiler.is_compiling() and not levels.eager():
         raise RuntimeError(
             'grad_and_value: the "autograd" backend does not work under `torch.func` transforms. '
             'Set `backend` to "auto" or "func".'

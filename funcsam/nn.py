@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from funcsam import checks, tree
+from funcsam import checks, levels, tree
 
 M = TypeVar("M", bound=nn.Module)
 Named = dict[str, Tensor]
@@ -170,7 +170,7 @@ class ModuleLoss:
             fresh = self._fresh(params, buffers, batch)
             put(params)
             put(fresh)
-            with _NoBatchNorm() if tree.differentiates_vmap() else contextlib.nullcontext():
+            with _NoBatchNorm() if levels.differentiates_vmap() else contextlib.nullcontext():
                 answer = self.loss(self.model, *batch)
             first = {name: self._places[name][0] for name in buffers}
             after = {name: place.store[place.key] for name, place in first.items()}
@@ -198,7 +198,7 @@ class ModuleLoss:
         if not self._names <= buffers.keys():
             name = next(name for name in sorted(self._names) if name not in buffers)
             raise ValueError(f"loss_fn: `buffers` must hold every buffer of the module, got none for {name}.")
-        if not self._names or not tree.vectorizing():
+        if not self._names or not levels.vectorizing():
             return {name: buffer.clone() for name, buffer in buffers.items()}
         always = _always(params, batch)
         return {

@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import tree
+from funcsam import levels, tree
 from funcsam.transform import Aux, GradsFn, State, Transform, saveable
 
 P = TypeVar("P")
@@ -44,7 +44,7 @@ def _read(devices: dict[str, Tensor]) -> dict[str, Tensor]:
 def _write(generators: dict[str, Tensor]) -> None:
     for device, state in generators.items():
         module, where = _generator(device)
-        module.set_rng_state(tree.plain(state.cpu()), *where)
+        module.set_rng_state(levels.plain(state.cpu()), *where)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from funcsam import checks, tree
+from funcsam import checks, levels, tree
 from funcsam.transform import Aux, GradsFn, State, Transform, saveable
 
 P = TypeVar("P")
@@ -88,7 +88,7 @@ def sharpness_aware(
         offset, ascent_state, (grads, aux) = ascent._update(params, at_params(grads_fn), state.ascent, *batch)
         new_state = SharpnessAwareState(state.step + 1, ascent_state)
         pick = True if when is None else when(state.step)
-        known = not isinstance(pick, Tensor) or (tree.eager() and not pick.is_meta)
+        known = not isinstance(pick, Tensor) or (levels.eager() and not pick.is_meta)
         if known and not pick:
             return grads, new_state, aux
         point = perturbed(params, grads_fn, state.ascent, batch, offset)

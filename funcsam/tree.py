@@ -13,7 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import checks
+from funcsam import checks, levels
 
 P = TypeVar("P")
 Tree = Any
@@ -50,56 +50,10 @@ def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any], like: P) -> P:
     return tree
 
 
-def eager() -> bool:
-    """Tells whether plain eager code runs: no `torch.func` level is active and nothing is being compiled."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
-
-
-def plain(x: Tensor) -> Tensor:
-    """Takes a tensor out of the `torch.func` levels around it; of the members of a batch, all alike, the first."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        batched, axis = torch._C._functorch.is_batchedtensor(x), torch._C._functorch.maybe_get_bdim(x)
-        x = torch._C._functorch.get_unwrapped(x)
-        x = x.select(axis, 0) if batched else x  # which wraps it again where a level is differentiating
-    return x
-
-
-def _differentiating() -> bool:
-    # Under the compiler the levels cannot be seen, but there a tensor that `torch.func.grad` tracks does not say so.
-    if torch.compiler.is_compiling():
-        return False
-    return any(_differentiates(level) for level in _levels())
-
-
-def _levels() -> Sequence[Any]:
-    """Returns the `torch.func` levels, the outermost first."""
-    return torch._C._functorch.get_interpreter_stack() or ()
-
-
-def _differentiates(level: Any) -> bool:
-    kinds = torch._C._functorch.TransformType
-    return level.key() in (kinds.Grad, kinds.Jvp)
-
-
-def vectorizing() -> bool:
-    """Tells whether a `vmap` level may be active; under the compiler that cannot be seen."""
-    if eager():
-        return False
-    return torch.compiler.is_compiling() or any(not _differentiates(level) for level in _levels())
-
-
-def differentiates_vmap() -> bool:
-    """Tells whether a `vmap` level lies inside a differentiating one (hyper-gradients of an ensemble)."""
-    if eager() or torch.compiler.is_compiling():
-        return False
-    kinds = [_differentiates(level) for level in _levels()]
-    return True in kinds and False in kinds[kinds.index(True) :]
-
-
 def detached(params: P) -> P:
     """Takes params that require grad as values, unless `torch.func` is differentiating: a step grows no graph."""
     leaves, spec = flatten(params)
-    if _differentiating() or not any(leaf.requires_grad for leaf in leaves):
+    if levels.differentiating() or not any(leaf.requires_grad for leaf in leaves):
         return params
     return unflatten(spec, [leaf.detach() for leaf in leaves], params)
 
@@ -125,7 +79,7 @@ def _each(fast: Callable[..., Any] | None, slow: Callable[..., Tensor], x: P, *r
     """Applies one foreach kernel, or the operation on each leaf, and casts back to the dtypes of `x`."""
     xs, spec = flatten(x)
     others = [_alike(tree, xs, spec) for tree in rest]
-    if xs and fast is not None and eager():
+    if xs and fast is not None and levels.eager():
         out = fast(xs, *others)
     else:
         out = [slow(*leaves) for leaves in zip(xs, *others, strict=True)]
@@ -153,7 +107,7 @@ def add(x: P, y: P, where: str = "step", what: str = "state") -> P:
     """Returns `x + y`; an error speaks of `y` as `what`."""
     xs, spec = flatten(x)
     ys = _alike(y, xs, spec, where, what)
-    out = torch._foreach_add(xs, ys) if xs and eager() else [a + b for a, b in zip(xs, ys, strict=True)]
+    out = torch._foreach_add(xs, ys) if xs and levels.eager() else [a + b for a, b in zip(xs, ys, strict=True)]
     return unflatten(spec, _cast(out, xs), x)
 
 
@@ -232,7 +186,7 @@ def scale(factor: Tree, x: P) -> P:
     """Returns `factor * x`; the factor is a number, a tensor of shape () or a prefix tree of them."""
     xs, spec = flatten(x)
     if isinstance(factor, float | int | Tensor):
-        if xs and eager() and _uniform(factor, xs):
+        if xs and levels.eager() and _uniform(factor, xs):
             return unflatten(spec, torch._foreach_mul(xs, factor), x)
         factors = [factor] * len(xs)
     else:
@@ -244,7 +198,7 @@ def add_scaled(x: P, factor: Scalar, y: P, mask: Mask = None) -> P:
     """Returns `x + factor * y`, and `x` itself where the mask is False."""
     xs, spec = flatten(x)
     ys = _alike(y, xs, spec)
-    if xs and eager() and mask is None and isinstance(factor, float | int):
+    if xs and levels.eager() and mask is None and isinstance(factor, float | int):
         return unflatten(spec, _cast(torch._foreach_add(xs, ys, alpha=factor), xs), x)
     chosen = [True] * len(xs) if mask is None else masks(mask, y)
     out = [_add_scaled(a, factor, b) if on else a for a, b, on in zip(xs, ys, chosen, strict=True)]
@@ -261,7 +215,7 @@ def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:
     """Returns `(|w| + eta) x` in the dtypes of `x`, and `x` itself where the mask is False."""
     xs, spec = flatten(x)
     ws = _alike(w, xs, spec)
-    if xs and eager() and mask is None and isinstance(eta, float | int):
+    if xs and levels.eager() and mask is None and isinstance(eta, float | int):
         sizes = torch._foreach_abs(ws)
         if eta:
             sizes = torch._foreach_add(sizes, eta)
@@ -294,7 +248,7 @@ def norm(x: Tree) -> Tensor:
     leaves = [leaf for leaf in optree.tree_leaves(x) if leaf.numel()]
     if not leaves:
         return torch.zeros((), device=next((leaf.device for leaf in optree.tree_leaves(x)), None))
-    if eager() and not any(leaf.dtype in _HALF for leaf in leaves):
+    if levels.eager() and not any(leaf.dtype in _HALF for leaf in leaves):
         norms = list(torch._foreach_norm(leaves))
     else:
         norms = [_norm(leaf) for leaf in leaves]
@@ -313,7 +267,7 @@ def _norm(x: Tensor) -> Tensor:
 def reciprocal(x: Tensor) -> Tensor:
     """Returns `1 / x` with `1 / 0 = 0`; NaN and infinity both give NaN, so that neither passes for a small factor."""
     zero = x == 0
-    if eager() and not x.requires_grad:
+    if levels.eager() and not x.requires_grad:
         return torch.where(zero, x, x.reciprocal()) + (x - x)
     return torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, x)) + (x - x)
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import funcsam as fs
 from funcsam.studies import checkpoint, data, networks, optimizers, report, training
+from funcsam.studies.bars import Bars
 from funcsam.studies.errors import StudyError
 from funcsam.studies.training import Problem, Run, Step, Tensors
 
@@ -225,7 +225,7 @@ class Comparison:
         """Returns the number of epochs that every optimizer has done."""
         return min(run.epoch for run in self.runs.values())
 
-    def _steps(self, bars: "Bars") -> dict[str, Step]:
+    def _steps(self, bars: Bars) -> dict[str, Step]:
         """Makes every optimizer's step ready: compiled where asked for and possible, and warm."""
         plain = {spec: training.stepper(entrant.tx, entrant.problem) for spec, entrant in self.entrants.items()}
         todo = [spec for spec, run in self.runs.items() if run.epoch < self.settings.epochs]
@@ -238,7 +238,7 @@ class Comparison:
             training.warm_up(plain[spec], self.runs[spec], self.entrants[spec].problem)
         return {spec: plain[spec] for spec in todo}
 
-    def _compile(self, plain: dict[str, Step], todo: list[str], bars: "Bars") -> dict[str, Step] | None:
+    def _compile(self, plain: dict[str, Step], todo: list[str], bars: Bars) -> dict[str, Step] | None:
         fast: dict[str, Step] = {}
         with torch._dynamo.config.patch(recompile_limit=8 + 2 * len(todo)):  # all share one code object
             for spec in todo:
@@ -256,7 +256,7 @@ class Comparison:
 
     def train(self) -> None:
         """Trains all optimizers side by side, epoch by epoch, so that a busy machine slows all of them alike."""
-        with Bars(self.settings, self.runs, self.console) as bars:
+        with Bars(self.settings.epochs, self.runs, self.console) as bars:
             steps = self._steps(bars)
             saved = time.monotonic()
             for epoch in range(self.settings.epochs):
@@ -321,38 +321,3 @@ def _alike(found: Any, fresh: Run) -> bool:
         return False
     pairs: list[Any] = list(zip(ours[0], theirs[0], strict=True))
     return all(x.shape == y.shape and x.dtype == y.dtype for x, y in pairs)
-
-
-class Bars:
-    """One progress bar per optimizer: epoch, loss, test accuracy, time left."""
-
-    def __init__(self, settings: Settings, runs: dict[str, Run], console: Console) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=console)
-        self.tasks: dict[str, TaskID] = {
-            spec: self.progress.add_task(spec, total=settings.epochs, completed=run.epoch, note="waiting")
-            for spec, run in runs.items()
-        }
-
-    def __enter__(self) -> "Bars":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def say(self, spec: str, note: str) -> None:
-        """Shows a word beside a bar."""
-        self.progress.update(self.tasks[spec], note=note)
-
-    def show(self, spec: str, run: Run) -> None:
-        """Shows where an optimizer is: means over the seeds."""
-        accuracy = 100 * (1 - run.test_error[-1].mean().item())
-        note = f"loss {run.loss[-1].mean().item():.3f}  test {accuracy:.1f} %"
-        self.progress.update(self.tasks[spec], completed=run.epoch, note=note)

@@ -1,17 +1,6 @@
-"""A `torch.optim` front end: loops with `loss.backward()` around the same pure parts.
+"""Two passes and a step of a base optimizer: SAM, ASAM and their relatives."""
 
-    optimizer = fs.torch_optim.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9, model=model)
-    for x, y in batches:
-        def closure():
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss
-        loss = optimizer.step(closure)
-
-There is no mathematics here: the ascent is a chain of transforms, and the descent is the base optimizer's.
-"""
-
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -20,13 +9,10 @@ from torch import Tensor, nn
 from funcsam import checks, tree
 from funcsam.family.sam import adaptive_ascent, plain_ascent
 from funcsam.sharpness import Combine
+from funcsam.torch_optim.front import KEY, Closure, Front, Params, add, clones, copy
 from funcsam.transform import Transform
 
-Params = Iterable[Any]
-Closure = Callable[[], Any]
 FirstPass = Literal["auto", "closure", "gradients"]
-KEY = "funcsam"
-"""Where a `state_dict` holds what the base optimizer does not know of."""
 
 
 class _Between(NamedTuple):
@@ -47,59 +33,6 @@ class _Between(NamedTuple):
     finite: Tensor | None
 
 
-class _Front(torch.optim.Optimizer):
-    """What the front ends share: groups of params as a tree, gradients as a tree, and buffers that come back."""
-
-    def __init__(self, params: Params, defaults: dict[str, Any], model: nn.Module | Iterable[Tensor] | None) -> None:
-        super().__init__(params, defaults)
-        self._model = model if isinstance(model, nn.Module) or model is None else list(model)
-
-    def _buffers(self) -> list[Tensor]:
-        if self._model is None:
-            return []
-        return list(self._model.buffers() if isinstance(self._model, nn.Module) else self._model)
-
-    def _values(self) -> list[list[Tensor]]:
-        return [[p.detach() for p in group["params"]] for group in self.param_groups]
-
-    def _grads(self) -> list[list[Tensor]]:
-        """Returns dense gradients; zero where there is none."""
-        return [[_dense(p) for p in group["params"]] for group in self.param_groups]
-
-    _kept: ClassVar[tuple[str, ...]] = ()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Adds to what torch pickles; what schedulers and hooks put on an optimizer is theirs to restore."""
-        own = {name: self.__dict__[name] for name in self._kept if name in self.__dict__}
-        return {**super().__getstate__(), **own}
-
-    def _has_grads(self) -> bool:
-        return any(p.grad is not None for group in self.param_groups for p in group["params"])
-
-
-def _dense(p: Tensor) -> Tensor:
-    if p.grad is None:
-        return torch.zeros_like(p)
-    return p.grad.detach() if p.grad.layout is torch.strided else p.grad.detach().to_dense()
-
-
-def _copy(into: Iterable[Iterable[Tensor]], values: Iterable[Iterable[Tensor]]) -> None:
-    """Writes values into tensors that stay where they are."""
-    for targets, sources in zip(into, values, strict=True):
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
-
-
-def _add(into: Iterable[Iterable[Tensor]], values: Iterable[Iterable[Tensor]]) -> None:
-    for targets, sources in zip(into, values, strict=True):
-        for target, source in zip(targets, sources, strict=True):
-            target.add_(source)
-
-
-def _clones(values: Iterable[Tensor]) -> list[Tensor]:
-    return [value.detach().clone() for value in values]
-
-
 class _Second:
     """The second half of a step, as a `GradScaler` sees an optimizer."""
 
@@ -114,7 +47,7 @@ class _Second:
         self._whole.second_step()
 
 
-class SharpnessAware(_Front):
+class SharpnessAware(Front):
     """Any sharpness-aware method around any optimizer of `torch.optim`.
 
     Args:
@@ -203,7 +136,7 @@ class SharpnessAware(_Front):
         values, grads, climb = self._values(), self._grads(), self._climb()
         state = climb.init(values) if self._state is None else self._state
         offset, state, _ = climb.update(values, lambda params: grads, state)
-        before = [_clones(group) for group in values]
+        before = [clones(group) for group in values]
         finite = tree.all_finite(grads) if check else None
         kept = None
         if self._combine is not None:
@@ -211,8 +144,8 @@ class SharpnessAware(_Front):
                 [None if p.grad is None else g.clone() for p, g in zip(group["params"], mine, strict=True)]
                 for group, mine in zip(self.param_groups, grads, strict=True)
             ]
-        self._between = _Between(before, kept, state, _clones(self._buffers()), finite)
-        _add(values, offset)
+        self._between = _Between(before, kept, state, clones(self._buffers()), finite)
+        add(values, offset)
         if zero_grad:
             self.zero_grad()
 
@@ -256,8 +189,8 @@ class SharpnessAware(_Front):
         """Returns to `w` without a step; does nothing if that is where the params are."""
         if self._between is None:
             return
-        _copy(self._values(), self._between.params)
-        _copy([self._buffers()], [self._between.buffers])
+        copy(self._values(), self._between.params)
+        copy([self._buffers()], [self._between.buffers])
         self._between = None
 
     def step(self, closure: Closure | None = None, *, scaler: "torch.amp.GradScaler | None" = None) -> Any:
@@ -393,87 +326,3 @@ class SAM(SharpnessAware):
             self._ascent = adaptive_ascent(rho, 0.0, mask) if any(adaptive) else plain_ascent(rho)
             self._numbers = numbers
         return self._ascent
-
-
-class Optimizer(_Front):
-    """Runs a whole chain as an optimizer of `torch.optim`; the closure is called as often as the chain asks.
-
-    Args:
-        params: Parameters or parameter groups.
-        transform: A transform, or with numbers in `**hyper` a function that makes one, as in `ensemble.vectorize`:
-            `Optimizer(params, lambda lr: chain(sam(0.05), sgd(lr)), lr=0.1)`. Trees are lists of groups, and numbers
-            that differ between groups come as lists, one per group.
-        model: The module whose buffers are to be those of the pass at the params, or the buffers.
-        **hyper: Numbers that live in the groups, where torch's learning rate schedulers find them.
-
-    Raises:
-        TypeError: If `transform` is not a `Transform`, or with numbers not a function.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        transform: Transform | Callable[..., Transform],
-        *,
-        model: nn.Module | Iterable[Tensor] | None = None,
-        **hyper: Any,
-    ) -> None:
-        if isinstance(transform, Transform) == bool(hyper):
-            wanted = "a function of the numbers that are given" if hyper else "a Transform"
-            raise TypeError(f"Optimizer: `transform` must be {wanted}, got {type(transform).__name__}.")
-        self._transform, self._names = transform, list(hyper)
-        super().__init__(params, hyper, model)
-        self._state: Any = None
-
-    def _made(self) -> Transform:
-        if isinstance(self._transform, Transform):
-            return self._transform
-        numbers = {name: [group[name] for group in self.param_groups] for name in self._names}
-        return self._transform(**{name: each[0] if len(each) == 1 else each for name, each in numbers.items()})
-
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        """Takes a step and returns the loss at the params.
-
-        Args:
-            closure: Computes the loss, calls `backward` and returns the loss.
-
-        Raises:
-            TypeError: If there is no closure.
-        """
-        if closure is None:
-            raise TypeError("step: `closure` must be a function that computes the loss and calls `backward`, got None.")
-        transform, values = self._made(), self._values()
-        params = [_clones(group) for group in values]
-        state = transform.init(params) if self._state is None else self._state
-        first: list[list[Tensor]] = []
-
-        def grads_fn(w: Any) -> tuple[Any, Any]:
-            _copy(values, w)
-            self.zero_grad()
-            with torch.enable_grad():
-                loss = closure()
-            first.append([] if first else _clones(self._buffers()))
-            return self._grads(), loss
-
-        try:
-            updates, state, loss = transform.update(params, grads_fn, state)
-        finally:
-            _copy(values, params)
-            if first:
-                _copy([self._buffers()], [first[0]])
-            self.zero_grad()
-        _add(values, updates)
-        self._state = state
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the numbers of the groups and the state of the chain."""
-        return {**super().state_dict(), KEY: self._state}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads what `state_dict` returned."""
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
-        self._state = state_dict.get(KEY)
-
-    _kept: ClassVar[tuple[str, ...]] = ("_transform", "_names", "_state", "_model")
