@@ -9,20 +9,23 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from funcsam import checks, levels, tree
 from funcsam.transform import Aux, GradsFn, Kept, State, Transform
 
+if dist.is_available():  # some builds of torch are without
+    import torch.distributed._functional_collectives as collectives
+    from torch.distributed.device_mesh import DeviceMesh
+
 P = TypeVar("P")
+Ranks = Any
 Group = Any
 """A process group, a one-dimensional `DeviceMesh`, or `None` for all processes."""
 Rule = Literal["mean", "first", "local"]
 
 
-def _group(where: str, group: Group) -> dist.ProcessGroup:
+def _group(where: str, group: Group) -> Ranks:
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             f"{where}: torch.distributed must be initialised. Start the processes with torchrun and call "
@@ -30,9 +33,7 @@ def _group(where: str, group: Group) -> dist.ProcessGroup:
         )
     if isinstance(group, DeviceMesh):
         group = group.get_group()
-    found: Any = dist.group.WORLD if group is None else group
-    ranks: dist.ProcessGroup = found
-    return ranks
+    return dist.group.WORLD if group is None else group
 
 
 def _buckets(leaves: Sequence[Tensor], limit: int) -> list[list[int]]:
@@ -50,7 +51,7 @@ def _buckets(leaves: Sequence[Tensor], limit: int) -> list[list[int]]:
     return buckets
 
 
-def _sum(leaves: Sequence[Tensor], group: dist.ProcessGroup, limit: int) -> list[Tensor]:
+def _sum(leaves: Sequence[Tensor], group: Ranks, limit: int) -> list[Tensor]:
     """Adds leaves up over the group; every bucket is under way before the first is waited for."""
     buckets = _buckets(leaves, limit)
     moving = [
@@ -65,7 +66,7 @@ def _sum(leaves: Sequence[Tensor], group: dist.ProcessGroup, limit: int) -> list
     return total
 
 
-def _averaged(x: P, group: dist.ProcessGroup, limit: int) -> P:
+def _averaged(x: P, group: Ranks, limit: int) -> P:
     """Averages floating-point leaves; others stay as they are."""
     leaves, spec = tree.flatten_any(x)
     tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -76,7 +77,7 @@ def _averaged(x: P, group: dist.ProcessGroup, limit: int) -> P:
     return tree.unflatten(spec, leaves, x)
 
 
-def _first(x: P, group: dist.ProcessGroup, limit: int) -> P:
+def _first(x: P, group: Ranks, limit: int) -> P:
     """Takes the leaves of the first rank."""
     leaves, spec = tree.flatten_any(x)
     mine = dist.get_rank(group) == 0
@@ -95,8 +96,8 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
     must be a mean over the examples of a rank, and ranks must have equally many. Gradients travel in buckets, one under
     way while the next is filled. States of transforms to the left in the chain are averaged with them.
 
-    With a `DeviceMesh` of two dimensions `chain(all_reduce_mean(mesh["node"]), sam(rho), all_reduce_mean(mesh["all"]))`
-    takes one ascent per node.
+    With a `DeviceMesh` whose dimensions are `("across", "within")` nodes,
+    `chain(all_reduce_mean(mesh["within"]), sam(rho), all_reduce_mean(mesh["across"]))` takes one ascent per node.
 
     Args:
         group: A process group, a one-dimensional `DeviceMesh`, or `None` for all processes.
@@ -119,7 +120,7 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
         _alike(params, _group("all_reduce_mean", group))
         return ()
 
-    def kept(found: Aux, ranks: dist.ProcessGroup) -> Aux:
+    def kept(found: Aux, ranks: Ranks) -> Aux:
         if isinstance(found, Kept):
             return Kept(_averaged(found.states, ranks, bucket_bytes), kept(found.aux, ranks))
         if aux == "local":
@@ -139,7 +140,7 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
     return Transform(init, update)
 
 
-def _alike(params: Any, group: dist.ProcessGroup) -> None:
+def _alike(params: Any, group: Ranks) -> None:
     leaves = [leaf for leaf in tree.flatten(params)[0] if not leaf.is_meta and leaf.numel()]
     if not leaves or not levels.eager():
         return
