@@ -504,6 +504,24 @@ MUTATIONS += [
 ]
 
 
+RANKS = ("tests/test_distributed.py",)
+
+MUTATIONS += [
+    Mutation("gradients are summed over ranks", "distributed.py", "leaves[k] / group.size()", "leaves[k]", RANKS),
+    Mutation("aux stays local", "distributed.py", 'if aux == "local":', "if True:", RANKS),
+    Mutation("the last rank is the first", "distributed.py", "get_rank(group) == 0", "get_rank(group) == 1", RANKS),
+    Mutation("params may differ", "distributed.py", '_alike(params, _group("all_reduce_mean", group))', "pass", RANKS),
+    Mutation(
+        "states upstream stay local",
+        "distributed.py",
+        "Kept(_averaged(found.states, ranks, bucket_bytes),",
+        "Kept(found.states,",
+        RANKS,
+    ),
+    Mutation("every average is over all ranks", "distributed.py", "group = group.get_group()", "group = None", RANKS),
+]
+
+
 def survives(mutation: Mutation) -> bool:
     """Tells whether all tests pass on the mutated copy.
 

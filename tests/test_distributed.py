@@ -10,7 +10,7 @@ import torch
 import funcsam as fs
 from funcsam.distributed import all_reduce_mean, broadcast
 from tests.asserts import close, equal
-from tests.distributed.reduce import EXAMPLES, data, network, sgd, smooth, train
+from tests.distributed.reduce import EXAMPLES, data, network, run, sgd, smooth, train
 
 ROOT = Path(__file__).parent.parent
 DIMS = (None, 0, 0)
@@ -48,6 +48,7 @@ def test_states_upstream_are_averaged(ranks):
     """Momentum in front of the average is momentum of the average."""
     tx = fs.chain(fs.trace(0.5), fs.sam(0.2), sgd())
     close(ranks[0]["momentum upstream"], train(tx, smooth(), data()), rtol=1e-12)
+    close(ranks[0]["state upstream"][0], run(tx, smooth(), data())[3][0], rtol=1e-12)
 
 
 def test_buckets_change_nothing(ranks):
@@ -60,7 +61,7 @@ def test_a_compiled_step_is_the_step(ranks):
 
 
 @pytest.mark.parametrize(
-    "case", ["common", "own", "small buckets", "compiled", "mean", "first", "broadcast", "overflow"]
+    "case", ["common", "own", "small buckets", "compiled", "mean", "first", "state upstream", "broadcast", "overflow"]
 )
 def test_ranks_end_alike(ranks, case):
     """Bit for bit."""

@@ -35,8 +35,13 @@ def data():
     return list(zip(x, torch.randint(3, (3, EXAMPLES), generator=generator), strict=True))
 
 
-def train(tx, model, batches, start=None, compiled=False):
+def train(tx, model, batches, **options):
     """Params, buffers and losses after all batches."""
+    return run(tx, model, batches, **options)[:3]
+
+
+def run(tx, model, batches, start=None, compiled=False):
+    """The same, and the state."""
     loss_fn = fs.nn.loss_fn(model, lambda model, x, y: nn.functional.cross_entropy(model(x), y))
     grads_fn = fs.grad_and_value(loss_fn, has_aux=True)
     params, buffers = fs.nn.split(model) if start is None else start
@@ -45,7 +50,7 @@ def train(tx, model, batches, start=None, compiled=False):
     for batch in batches:
         params, state, (loss, buffers) = step(params, grads_fn, state, buffers, *batch)
         losses.append(loss.detach())
-    return params, buffers, torch.stack(losses)
+    return params, buffers, torch.stack(losses), state
 
 
 def sgd():
@@ -85,6 +90,8 @@ def main():
     }
     for rule in ("mean", "first", "local"):
         found[rule] = train(fs.chain(fs.sam(0.2), all_reduce_mean(aux=rule), sgd()), network(), own)
+    found["state upstream"] = run(fs.chain(fs.trace(0.5), all_reduce_mean(), fs.sam(0.2), sgd()), smooth(), own)[3]
+    found["state upstream"] = run(fs.chain(fs.trace(0.5), all_reduce_mean(), fs.sam(0.2), sgd()), smooth(), own)[3]
     other = fs.nn.split(network(seed=rank))
     found["refused"] = refused(other[0])
     found["broadcast"] = train(fs.chain(all_reduce_mean(), sgd()), network(seed=rank), own, start=broadcast(other))
