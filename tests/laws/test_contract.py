@@ -122,8 +122,9 @@ def test_no_graph_from_nothing(entry, problem):
     """Outputs need no grad, whether or not the params do."""
     for wanted in (False, True):
         params = optree.tree_map(lambda leaf: leaf.clone().requires_grad_(wanted), problem.params)  # noqa: B023
-        answer = entry().step(params, problem.grads_fn, entry().init(params))
-        assert not any(leaf.requires_grad for leaf in optree.tree_leaves(answer))
+        for take in (entry().step, entry().update):
+            answer = take(params, problem.grads_fn, entry().init(params))
+            assert not any(leaf.requires_grad for leaf in optree.tree_leaves(answer))
 
 
 @claiming(Claim.RELABELLING)
