@@ -173,6 +173,15 @@ def test_a_value_of_a_sweep_does_not_depend_on_the_others(swept, tmp_path):
         assert again["test_error"][1]["seeds"] == pytest.approx(figures["seeds"], abs=0.03)
 
 
+def test_a_chosen_value_beside_the_same_value_given(tmp_path):
+    """Both are reported, under names of their own."""
+    more = ("--hyper-sweep", "rho=0.05,5", "-o", "sam", "-o", "sam:rho=0.05", "--epochs", 5)
+    code, _, err = ran(*SMALL, *more, "--out", tmp_path)
+    assert code == 0, err
+    names = list(json.loads((tmp_path / "results.json").read_text())["final"])
+    assert names == ["sam:rho=0.05 (chosen)", "sam:rho=0.05"]
+
+
 def test_held_out_examples_are_not_trained_on(swept):
     kept, held = data.held_out(133)
     assert sorted([*kept.tolist(), *held.tolist()]) == list(range(133))

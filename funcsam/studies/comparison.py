@@ -280,6 +280,7 @@ class Comparison:
             if values:
                 best = report.best(run, len(values))
                 name = optimizers.with_option(spec, self.swept, values[best])
+                name = f"{name} (chosen)" if name in self.entrants else name
                 members = slice(best * self.settings.seeds, (best + 1) * self.settings.seeds)
                 sweeps[name] = report.sweep(run, self.swept, values)
             runs[name], sharp[name] = run.of(members), rise[members]
