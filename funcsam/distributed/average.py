@@ -1,17 +1,14 @@
-"""Many processes: where an average stands in the chain says which SAM it is.
+"""Averages over processes: where one stands in the chain says which SAM it is."""
 
-chain(all_reduce_mean(), sam(rho), sgd(lr))     one ascent for all ranks
-chain(sam(rho), all_reduce_mean(), sgd(lr))     one ascent per rank: m-sharpness, and half the traffic
-"""
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from funcsam import checks, levels, tree
+from funcsam import checks, levels, shards, tree
 from funcsam.transform import Aux, GradsFn, Kept, State, Transform
 
 if dist.is_available():  # some builds of torch are without
@@ -59,11 +56,31 @@ def _sum(leaves: Sequence[Tensor], group: Ranks, limit: int) -> list[Tensor]:
     ]
     total: list[Tensor] = list(leaves)
     for bucket, sent in zip(buckets, moving, strict=True):
-        arrived: Tensor = collectives.wait_tensor(sent)  # type: ignore[no-untyped-call]
+        arrived = _arrived(sent)
         parts = torch.split(arrived, [leaves[k].numel() for k in bucket])
         for k, part in zip(bucket, parts, strict=True):
             total[k] = part.view(leaves[k].shape)
     return total
+
+
+def _arrived(sent: Tensor) -> Tensor:
+    """Waits for a message; if it does not come, says so in words that name the cause."""
+    if torch.compiler.is_compiling():
+        return collectives.wait_tensor(sent)  # type: ignore[no-any-return, no-untyped-call]
+    with _together():
+        return collectives.wait_tensor(sent)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rpartition("] ")[2][:80]
+        raise RuntimeError(
+            "all_reduce_mean: every rank of the group must take part within the time-out of `init_process_group`, "
+            f"got no answer from one that failed, ended or is stuck ({reason}). Look at the logs of the other ranks."
+        ) from error
 
 
 def _averaged(x: P, group: Ranks, limit: int) -> P:
@@ -93,8 +110,14 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
     """Averages gradients over the processes of a group.
 
     Every rank must hold the same params, and keeps them bit for bit: what comes out is the same everywhere. The loss
-    must be a mean over the examples of a rank, and ranks must have equally many. Gradients travel in buckets, one under
-    way while the next is filled. States of transforms to the left in the chain are averaged with them.
+    must be a mean over the examples of a rank. Where ranks have differently many, as in an uneven last batch, multiply
+    the loss of a rank by `n * ranks / total`, with `n` its number of examples and `total` that of all ranks; its value
+    in `aux` is then right, too. Gradients travel in buckets, one under way while the next is filled. States of
+    transforms to the left in the chain are averaged with them.
+
+    What is not finite on one rank is not finite on any after the average, so that `apply_if_finite` and
+    `dynamic_loss_scale` around the chain skip the same steps everywhere. If a rank fails, the others get an error:
+    at once where its connection breaks, otherwise after the time-out of `torch.distributed.init_process_group`.
 
     With a `DeviceMesh` whose dimensions are `("across", "within")` nodes,
     `chain(all_reduce_mean(mesh["within"]), sam(rho), all_reduce_mean(mesh["across"]))` takes one ascent per node.
@@ -107,7 +130,8 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
 
     Raises:
         ValueError: If `aux` is unknown, or on `init`, if the params of the ranks differ.
-        RuntimeError: If torch.distributed is not initialised, or under a `torch.func` transform.
+        TypeError: On `init`, if params are sharded: `gather` has their gradients averaged already.
+        RuntimeError: If torch.distributed is not initialised, under a `torch.func` transform, or if a rank is missing.
 
     References:
         Foret et al., 2021, section 3 and footnote 5: one ascent per accelerator.
@@ -141,19 +165,36 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
 
 
 def _alike(params: Any, group: Ranks) -> None:
+    for path, leaf in zip(checks.paths(params), tree.flatten(params)[0], strict=True):
+        if shards.sharded(leaf):
+            raise TypeError(
+                f"all_reduce_mean: `params` must not be sharded, got a DTensor at {path or 'the root'}. "
+                "Their gradients are averaged where the loss brings them together with `distributed.gather`."
+            )
     leaves = [leaf for leaf in tree.flatten(params)[0] if not leaf.is_meta and leaf.numel()]
     if not leaves or not levels.eager():
         return
     own = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
     mine = torch.stack([part for leaf in own for part in (leaf.double().sum(), leaf.double().square().sum())])
     theirs = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(theirs, mine, group=group)
+    with _together():
+        dist.all_gather(theirs, mine, group=group)
     for rank, other in enumerate(theirs):
         if not torch.equal(other.nan_to_num(), theirs[0].nan_to_num()):
             raise ValueError(
                 f"all_reduce_mean: `params` must be the same on every rank, got others on rank {rank} of the group. "
                 "Start with `params = broadcast(params)`."
             )
+
+
+def mean(x: P, group: Group = None) -> P:
+    """Averages a tree over the ranks of a group: the value of a loss, buffers.
+
+    Args:
+        x: A tree of tensors, of the same structure and shapes on every rank. Leaves that are not floating-point stay.
+        group: As in `all_reduce_mean`.
+    """
+    return _averaged(x, _group("mean", group), 2**25)
 
 
 def broadcast(x: P, group: Group = None) -> P:
