@@ -2,11 +2,11 @@
 
 from typing import Any, NamedTuple, TypeVar
 
-import optree
 import torch
 from torch import Tensor
 
 from funcsam import checks, tree
+from funcsam.finite import kept
 from funcsam.transform import Aux, GradsFn, Kept, State, Transform, saveable
 
 P = TypeVar("P")
@@ -78,14 +78,13 @@ def dynamic_loss_scale(
         unscaled = _unscaled(grads_fn, state.scale)
         updates, moved, (finite, aux) = inner._update(params, unscaled, state.inner, *batch)
         finite = (finite == 1) & tree.all_finite(updates)
-        updates = tree.where(finite, updates, tree.zeros_like(updates))
-        kept = optree.tree_map(lambda new, old: torch.where(finite, new, old), moved, state.inner)
+        updates, still = kept(finite, updates, moved, state.inner)
         tracker = state.growth_tracker + 1
         grown = state.scale * growth_factor
         grows = (tracker >= growth_interval) & grown.isfinite()
         scale = torch.where(finite, torch.where(grows, grown, state.scale), state.scale * backoff_factor)
         tracker = torch.where(finite & (tracker < growth_interval), tracker, torch.zeros_like(tracker))
-        return updates, LossScaleState(scale, tracker, kept), aux
+        return updates, LossScaleState(scale, tracker, still), aux
 
     return Transform(init, update)
 

@@ -1,4 +1,4 @@
-"""Arithmetic on pytrees of tensors: the only place that knows about foreach kernels and dtypes.
+"""Arithmetic on pytrees of tensors: the only place that knows about foreach kernels, dtypes and DTensors.
 
 Every function returns new trees, keeps each leaf's dtype, device and layout, and works under `vmap`, `torch.func.grad`
 and `torch.compile`. Where neither a `torch.func` level nor the compiler is active, the fused `torch._foreach` kernels
@@ -13,7 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import checks, levels
+from funcsam import checks, levels, shards
 
 P = TypeVar("P")
 Tree = Any
@@ -80,7 +80,7 @@ def _each(fast: Callable[..., Any] | None, slow: Callable[..., Tensor], x: P, *r
     xs, spec = flatten(x)
     others = [_alike(tree, xs, spec) for tree in rest]
     if xs and fast is not None and levels.eager():
-        out = fast(xs, *others)
+        out = shards.fused(fast, xs, *others)
     else:
         out = [slow(*leaves) for leaves in zip(xs, *others, strict=True)]
     return unflatten(spec, _cast(out, xs), x)
@@ -107,7 +107,8 @@ def add(x: P, y: P, where: str = "step", what: str = "state") -> P:
     """Returns `x + y`; an error speaks of `y` as `what`."""
     xs, spec = flatten(x)
     ys = _alike(y, xs, spec, where, what)
-    out = torch._foreach_add(xs, ys) if xs and levels.eager() else [a + b for a, b in zip(xs, ys, strict=True)]
+    fast = xs and levels.eager()
+    out = shards.fused(torch._foreach_add, xs, ys) if fast else [a + b for a, b in zip(xs, ys, strict=True)]
     return unflatten(spec, _cast(out, xs), x)
 
 
@@ -187,7 +188,7 @@ def scale(factor: Tree, x: P) -> P:
     xs, spec = flatten(x)
     if isinstance(factor, float | int | Tensor):
         if xs and levels.eager() and _uniform(factor, xs):
-            return unflatten(spec, torch._foreach_mul(xs, factor), x)
+            return unflatten(spec, shards.fused(lambda xs: torch._foreach_mul(xs, factor), xs), x)
         factors = [factor] * len(xs)
     else:
         factors = broadcast(factor, x)
@@ -199,7 +200,7 @@ def add_scaled(x: P, factor: Scalar, y: P, mask: Mask = None) -> P:
     xs, spec = flatten(x)
     ys = _alike(y, xs, spec)
     if xs and levels.eager() and mask is None and isinstance(factor, float | int):
-        return unflatten(spec, _cast(torch._foreach_add(xs, ys, alpha=factor), xs), x)
+        return unflatten(spec, _cast(shards.fused(torch._foreach_add, xs, ys, alpha=factor), xs), x)
     chosen = [True] * len(xs) if mask is None else masks(mask, y)
     out = [_add_scaled(a, factor, b) if on else a for a, b, on in zip(xs, ys, chosen, strict=True)]
     return unflatten(spec, _cast(out, xs), x)
@@ -216,10 +217,10 @@ def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:
     xs, spec = flatten(x)
     ws = _alike(w, xs, spec)
     if xs and levels.eager() and mask is None and isinstance(eta, float | int):
-        sizes = torch._foreach_abs(ws)
+        sizes = shards.fused(torch._foreach_abs, ws)
         if eta:
-            sizes = torch._foreach_add(sizes, eta)
-        return unflatten(spec, _cast(torch._foreach_mul(xs, sizes), xs), x)
+            sizes = shards.fused(lambda sizes: torch._foreach_add(sizes, eta), sizes)
+        return unflatten(spec, _cast(shards.fused(torch._foreach_mul, xs, sizes), xs), x)
     etas = [eta] * len(xs) if isinstance(eta, float | int | Tensor) else broadcast(eta, x)
     out = [
         a * (b.abs() + _on(shift, b)) if on else a for a, b, shift, on in zip(xs, ws, etas, masks(mask, w), strict=True)
@@ -230,9 +231,15 @@ def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:
 def all_finite(x: Tree) -> Tensor:
     """Tells whether no entry is NaN or infinite, as a boolean of shape ()."""
     leaves = optree.tree_leaves(x)
+    if shards.among(leaves):
+        return shards.total(leaves, _count_not_finite) == 0
     device = leaves[0].device if leaves else None
     finite = [leaf.isfinite().all().to(device) for leaf in leaves]
     return torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool)
+
+
+def _count_not_finite(leaves: list[Tensor]) -> Tensor:
+    return torch.stack([(~leaf.isfinite()).sum() for leaf in leaves]).sum()
 
 
 def where(condition: Tensor, x: P, y: P) -> P:
@@ -248,6 +255,8 @@ def norm(x: Tree) -> Tensor:
     leaves = [leaf for leaf in optree.tree_leaves(x) if leaf.numel()]
     if not leaves:
         return torch.zeros((), device=next((leaf.device for leaf in optree.tree_leaves(x)), None))
+    if shards.among(leaves):
+        return shards.total(leaves, _square).sqrt()
     if levels.eager() and not any(leaf.dtype in _HALF for leaf in leaves):
         norms = list(torch._foreach_norm(leaves))
     else:
@@ -258,6 +267,10 @@ def norm(x: Tree) -> Tensor:
     for each in norms:
         dtype = torch.promote_types(dtype, each.dtype)
     return vector_norm(torch.stack([each.to(norms[0].device, dtype) for each in norms]))
+
+
+def _square(leaves: list[Tensor]) -> Tensor:
+    return norm(leaves).square().to(real_dtype(leaves))  # one dtype on all ranks, also where a shard is empty
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -371,6 +371,15 @@ ZOO = [
         (2, 2),
         base=lambda: fs.sgd(0.1, momentum=0.5),
     ),
+    Entry(
+        "apply_if_finite",
+        (fs.apply_if_finite,),
+        lambda rho, lr: fs.apply_if_finite(fs.chain(fs.sam(rho), fs.sgd(lr, momentum=0.5))),
+        {"rho": 0.25, "lr": 0.1},
+        C.IDENTITY_AT_ZERO_RHO | C.FIXED_POINT | ISOTROPIC,
+        (2, 2),
+        base=lambda: fs.sgd(0.1, momentum=0.5),
+    ),
 ]
 
 each = pytest.mark.parametrize("entry", ZOO, ids=repr)
