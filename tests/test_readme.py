@@ -67,7 +67,10 @@ def test_the_results_are_those_of_the_committed_run():
     assert f"{run['settings']['seeds']} seeds" in between("results")
 
 
-@pytest.mark.parametrize(("name", "section"), [("steps", "benchmark"), ("ensembles", "ensembles")])
+BENCHMARKS = [("steps", "benchmark"), ("ensembles", "ensembles"), ("communication", "communication")]
+
+
+@pytest.mark.parametrize(("name", "section"), BENCHMARKS)
 def test_the_benchmarks_are_the_committed_runs(name, section):
     """The tables of costs are what the benchmarks print of their committed results."""
     folder = ROOT / "tests" / "benchmarks"
