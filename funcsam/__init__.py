@@ -9,7 +9,7 @@ meaning:
     params, state, loss = tx.step(params, grads_fn, state, *batch)
 """
 
-from funcsam import distributed, ensemble, landscape, nn, torch_optim
+from funcsam import distributed, ensemble, landscape, measures, nn, torch_optim
 from funcsam.batches import ascent_batch, microbatch
 from funcsam.decay import DecayState, add_decayed_weights
 from funcsam.family.sam import asam, sam, sam_update
@@ -62,6 +62,7 @@ __all__ = [
     "landscape",
     "lift",
     "masked",
+    "measures",
     "microbatch",
     "nn",
     "normalize",
