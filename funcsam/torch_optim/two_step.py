@@ -1,5 +1,6 @@
 """Two passes and a step of a base optimizer: SAM, ASAM and their relatives."""
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -31,6 +32,11 @@ class _Between(NamedTuple):
     state: Any
     buffers: list[Tensor]
     finite: Tensor | None
+
+
+def _share(optimizer: "SharpnessAware | None") -> None:
+    if optimizer is not None:
+        optimizer._share()
 
 
 class _Second:
@@ -106,10 +112,21 @@ class SharpnessAware(Front):
         self.base_optimizer = base_optimizer([own | group for group in groups], **kwargs)
         alike = [{"params": list(group["params"])} for group in self.base_optimizer.param_groups]
         super().__init__(alike, own | self.base_optimizer.defaults, model)
-        self._share()
+        self._follow()
         self.first_pass = first_pass
         self._state: Any = None
         self._between: _Between | None = None
+
+    def _follow(self) -> None:
+        """Shares what the base optimizer has, also after `torch.distributed.checkpoint` has loaded that."""
+        me = weakref.ref(self)
+        self.base_optimizer.register_load_state_dict_post_hook(lambda base: _share(me()))
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores what was pickled; the hook on the base optimizer is not pickled with it."""
+        super().__setstate__(state)
+        self._follow()
 
     def _share(self) -> None:
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
@@ -257,7 +274,6 @@ class SharpnessAware(Front):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what `state_dict` returned; the next step is that of the run it was taken from."""
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
-        self._share()
         self._state = state_dict.get(KEY)
 
     _kept: ClassVar[tuple[str, ...]] = (
