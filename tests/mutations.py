@@ -522,6 +522,55 @@ MUTATIONS += [
 ]
 
 
+PLANE = ("tests/test_landscape.py",)
+PICTURES = ("tests/test_pictures.py",)
+
+MUTATIONS += [
+    Mutation(
+        "directions have the norm of the layer",
+        "landscape.py",
+        "tuple(range(1, x.ndim))",
+        "tuple(range(x.ndim))",
+        PLANE,
+    ),
+    Mutation("biases move with the filters", "landscape.py", "if weight.ndim < 2:", "if weight.ndim < 1:", PLANE),
+    Mutation("both directions are one", "landscape.py", "return first, second", "return first, first", PLANE),
+    Mutation(
+        "directions are drawn in the precision of the params",
+        "landscape.py",
+        "else torch.float32\n        return",
+        "else leaf.dtype\n        return",
+        PLANE,
+    ),
+    Mutation("a grid is transposed", "landscape.py", ".view(len(up), len(across))", ".view(len(across), -1).T", PLANE),
+    Mutation(
+        "a line is as exact as its difference",
+        "landscape.py",
+        "tree.add(tree.scale(1 - t, start), tree.scale(t, end))",
+        "tree.add(start, tree.scale(t, tree.map(torch.sub, end, start)))",
+        PLANE,
+    ),
+    Mutation("a graph grows with every point", "landscape.py", "with torch.no_grad():", "if True:", PLANE),
+    Mutation("progress counts batches", "landscape.py", "progress(len(part[0]))", "progress(1)", PLANE),
+    Mutation("statistics of the batch fade in", "studies/survey.py", "= True, 1.0", "= True, 0.1", PICTURES),
+    Mutation(
+        "batch normalisation is evaluated",
+        "studies/survey.py",
+        "norm.training, norm.momentum = True",
+        "_, _ = True",
+        PICTURES,
+    ),
+    Mutation(
+        "every picture has its own colours",
+        "studies/pictures.py",
+        "cmap=COLOURS, norm=shared.norm())",
+        "cmap=COLOURS, norm=scale(landscape.losses[k]).norm())",
+        PICTURES,
+    ),
+    Mutation("corners are not cut", "studies/pictures.py", "high = min(largest, cut)", "high = largest", PICTURES),
+]
+
+
 def survives(mutation: Mutation) -> bool:
     """Tells whether all tests pass on the mutated copy.
 
