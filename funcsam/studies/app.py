@@ -11,7 +11,8 @@ import torch
 import typer
 from rich.console import Console
 
-from funcsam.studies.comparison import Comparison, Settings
+from funcsam.studies.comparison import Comparison
+from funcsam.studies.settings import resolve
 
 INTERRUPTED = 130
 
@@ -32,27 +33,76 @@ def _option(*names: str, text: str) -> typer.models.OptionInfo:
     return option
 
 
+def _usual(*names: str, text: str, default: str) -> typer.models.OptionInfo:
+    """An option whose default depends on the data."""
+    option: typer.models.OptionInfo = typer.Option(*names, help=text, show_default=default)
+    return option
+
+
 @app.command()
 def compare(
     data: Annotated[
-        str, _option("--data", text="digits, breast-cancer or wine; shipped with scikit-learn.")
-    ] = "digits",
-    noise: Annotated[
-        float,
-        _option(
-            "--noise",
-            text="Fraction of the training labels replaced at random, by a class drawn uniformly from all classes "
-            "(the right one among them). Test labels stay clean.",
-        ),
-    ] = 0.4,
-    network: Annotated[
         str,
         _option(
+            "--data",
+            text="digits, breast-cancer or wine, shipped with scikit-learn; or cifar10, which is downloaded (170 MB). "
+            "Where other options have two defaults, the second is that for cifar10.",
+        ),
+    ] = "digits",
+    data_dir: Annotated[
+        Path | None,
+        _usual(
+            "--data-dir",
+            text="Folder of cifar-10-batches-py or cifar-10-python.tar.gz; nothing is downloaded then.",
+            default="a cache of this user",
+        ),
+    ] = None,
+    subset: Annotated[
+        int | None,
+        _usual(
+            "--subset",
+            text="Train on so many examples, as many of each class as can be; the same ones for every seed.",
+            default="all",
+        ),
+    ] = None,
+    test_subset: Annotated[
+        int | None, _usual("--test-subset", text="Test on so many examples, likewise.", default="all")
+    ] = None,
+    noise: Annotated[
+        float | None,
+        _usual(
+            "--noise",
+            text="Fraction of the training labels replaced. Test labels stay clean.",
+            default="0.4 | 0",
+        ),
+    ] = None,
+    noise_kind: Annotated[
+        str,
+        _option(
+            "--noise-kind",
+            text="symmetric: by a class drawn uniformly from all classes (the right one among them). asymmetric: by "
+            "the class that looks like it (of cifar10 truck to automobile, bird to airplane, deer to horse, cat to dog "
+            "and back, the others stay; elsewhere the next class).",
+        ),
+    ] = "symmetric",
+    network: Annotated[
+        str | None,
+        _usual(
             "--network",
             text="mlp (which is mlp-128-128), cnn (which is cnn-16-32: convolutions with BatchNorm, for images), or "
-            "widths of your own as in mlp-64-64.",
+            "widths of your own as in mlp-64-64. For colour images wrn-DEPTH-WIDTH, a Wide ResNet of depth 10, 16, 22, "
+            "28, ...",
+            default="mlp | wrn-16-8",
         ),
-    ] = "mlp",
+    ] = None,
+    augmentation: Annotated[
+        str | None,
+        _usual(
+            "--augment",
+            text="What is done to training images: none, standard, or some of crop,flip,cutout.",
+            default="none | standard",
+        ),
+    ] = None,
     optimizer: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,7 +112,8 @@ def compare(
             "sgd:momentum=0.9,weight_decay=5e-4, adamw:lr=1e-3, asam:rho=2,eta=0.01, sam:rho=0.05,base=adamw. "
             "Momentum is 0.9 where it is not given.",
             show_default="sgd, sam:rho=0.5 (the largest radius of the SAM paper's grid), asam:rho=2.0 (the ASAM "
-            "authors' value for eta=0); fixed beforehand, not chosen by test error. With --hyper-sweep: sgd, sam, asam",
+            "authors' value for eta=0); fixed beforehand, not chosen by test error. | sgd, sam:rho=0.05, asam:rho=2.0. "
+            "With --hyper-sweep: sgd, sam, asam",
         ),
     ] = None,
     hyper_sweep: Annotated[
@@ -77,23 +128,62 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[
-        int,
-        _option(
-            "--seeds", text="Networks per optimizer, trained at once; seed k has its own start, noise and batches."
+        int | None,
+        _usual(
+            "--seeds",
+            text="Networks per optimizer; seed k has its own start, noise, batches and augmentation. Small networks "
+            "are trained at once, Wide ResNets one after the other.",
+            default="8 | 3",
         ),
-    ] = 8,
-    epochs: Annotated[int, _option("--epochs", text="Passes over the training set.")] = 100,
-    batch_size: Annotated[int, _option("--batch-size", text="Examples per step.")] = 64,
+    ] = None,
+    epochs: Annotated[int | None, _usual("--epochs", text="Passes over the training set.", default="100 | 200")] = None,
+    batch_size: Annotated[
+        int | None,
+        _usual(
+            "--batch-size",
+            text="Examples per step; what does not fill a batch at the end of an epoch is left out of it.",
+            default="64 | 128",
+        ),
+    ] = None,
     lr: Annotated[
-        float,
-        _option("--lr", text="Learning rate on sgd; adam and adamw take their own, 1e-3 unless lr=... says otherwise."),
-    ] = 0.1,
+        float | None,
+        _usual(
+            "--lr",
+            text="Learning rate on sgd; adam and adamw take their own, 1e-3 unless lr=... says otherwise.",
+            default="0.1",
+        ),
+    ] = None,
     schedule: Annotated[
-        str, _option("--schedule", text="What every learning rate follows: constant, step_decay or cosine.")
-    ] = "cosine",
+        str | None,
+        _usual(
+            "--schedule",
+            text="What every learning rate follows: constant, step_decay (times 0.2 after 30, 60 and 80 %) or cosine.",
+            default="cosine | step_decay",
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        _usual(
+            "--weight-decay",
+            text="Weight decay on sgd, outside the ascent; adam and adamw take their own.",
+            default="0 | 5e-4",
+        ),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None,
+        _usual(
+            "--label-smoothing",
+            text="Share of the target that is spread evenly over all classes, in training.",
+            default="0 | 0.1",
+        ),
+    ] = None,
     device: Annotated[
         str,
-        _option("--device", text="Where to train, e.g. cpu or cuda. One CPU thread, unless OMP_NUM_THREADS is set."),
+        _option(
+            "--device",
+            text="Where to train, e.g. cpu or cuda. Small networks take one CPU thread and Wide ResNets all, unless "
+            "OMP_NUM_THREADS is set. On a GPU Wide ResNets train under bfloat16 autocast.",
+        ),
     ] = "cpu",
     compile: Annotated[
         bool,
@@ -112,17 +202,33 @@ def compare(
         bool, typer.Option("--resume", help="Continue the run in --out; give the same options again.")
     ] = False,
 ) -> None:
-    """Trains the same networks with several optimizers on real data with noisy labels, and shows the difference.
+    """Trains the same networks with several optimizers on real data, often with noisy labels, and shows the difference.
 
-    The same seed has the same start, the same noise and the same batches under every optimizer.
+    The same seed has the same start, noise, batches and augmentation under every optimizer.
     """
     console = Console(stderr=True, highlight=False)
-    usual = ("sgd", "sam", "asam") if hyper_sweep else ("sgd", "sam:rho=0.5", "asam:rho=2.0")
-    chosen = tuple(optimizer or usual)
-    settings = Settings(
-        data, noise, network, chosen, seeds, epochs, batch_size, lr, schedule, device, compile, hyper_sweep
+    settings = resolve(
+        data,
+        noise=noise,
+        network=network,
+        optimizers=tuple(optimizer or ()),
+        seeds=seeds,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        schedule=schedule,
+        device=device,
+        compile=compile,
+        hyper_sweep=hyper_sweep,
+        noise_kind=noise_kind,
+        augment=augmentation,
+        label_smoothing=label_smoothing,
+        weight_decay=weight_decay,
+        subset=subset,
+        test_subset=test_subset,
+        data_dir=data_dir,
     )
-    if "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ and not settings.network.startswith("wrn"):
         torch.set_num_threads(1)  # the networks are small: more threads would mostly wait for each other
     comparison = Comparison(settings, out, resume, console)
     restore = _stop_on_signals()

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from funcsam.studies.errors import StudyError
 
-FORMAT = 2
+FORMAT = 3
 
 
 def write(path: Path, content: bytes) -> None:
@@ -47,6 +48,15 @@ def probe(folder: Path) -> None:
     path = folder / ".probe"
     write(path, b"probe")
     path.unlink()
+
+
+def path(out: Path, spec: str) -> Path:
+    """Returns where the checkpoint of an optimizer lies.
+
+    >>> path(Path("run"), "sam:rho=0.5").as_posix()
+    'run/checkpoints/sam-rho-0.5.pt'
+    """
+    return out / "checkpoints" / (re.sub(r"[^A-Za-z0-9._]+", "-", spec) + ".pt")
 
 
 def save(path: Path, settings: dict[str, Any], content: dict[str, Any]) -> None:

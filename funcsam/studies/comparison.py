@@ -1,8 +1,6 @@
 """The comparison: the same networks, labels and batches under several optimizers."""
 
 import json
-import math
-import re
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,102 +8,28 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from rich.console import Console
-from torch import Tensor
 
-import funcsam as fs
-from funcsam.studies import checkpoint, data, networks, optimizers, report, training
+from funcsam.studies import checkpoint, devices, judging, optimizers, problem, report, training
 from funcsam.studies.bars import Bars
 from funcsam.studies.errors import StudyError
-from funcsam.studies.training import Problem, Run, Step, Tensors
+from funcsam.studies.problem import Problem
+from funcsam.studies.settings import Settings
+from funcsam.studies.training import Make, Run, Step
 
 SAVE_EVERY = 10.0
 """Seconds between checkpoints, at least."""
-
-
-class Settings(NamedTuple):
-    """What a comparison is made of; see `funcsam compare --help`."""
-
-    data: str
-    noise: float
-    network: str
-    optimizers: tuple[str, ...]
-    seeds: int
-    epochs: int
-    batch_size: int
-    lr: float
-    schedule: str
-    device: str
-    compile: bool
-    hyper_sweep: str | None = None
-
-    def common(self) -> dict[str, Any]:
-        """Returns what must not change between a run and its continuation, as plain values."""
-        return {name: value for name, value in self._asdict().items() if name != "optimizers"}
-
-    def title(self) -> str:
-        """Returns the comparison in one line."""
-        noise = f"{100 * self.noise:g} % of the training labels random"
-        sweep = f", {self.hyper_sweep.partition('=')[0]} chosen on held-out noisy labels" if self.hyper_sweep else ""
-        return f"{self.data}, {noise}, {self.network}, {self.epochs} epochs, {self.seeds} seeds{sweep}"
-
-
-def _check(settings: Settings) -> None:
-    for name in ("seeds", "epochs", "batch_size"):
-        value = getattr(settings, name)
-        if value < 1:
-            raise StudyError(f"compare: `--{name.replace('_', '-')}` must be at least 1, got {value}.")
-    if not 0 <= settings.noise <= 1:
-        raise StudyError(f"compare: `--noise` must be in [0, 1], got {settings.noise}.")
-    if not 0 <= settings.lr < math.inf:
-        raise StudyError(f"compare: `--lr` must be finite and non-negative, got {settings.lr}.")
-    twice = [name for k, name in enumerate(settings.optimizers) if name in settings.optimizers[:k]]
-    if twice:
-        raise StudyError(f"compare: every `--optimizer` must be given once, got {twice[0]} twice.")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        raise StudyError(f"compare: `--device` must be one that torch finds here, e.g. cpu, got {name}.") from None
-    return device
-
-
-def _problem(settings: Settings, device: torch.device) -> tuple[Problem, Tensors, Tensors]:
-    """Returns what is trained on, and the stacked params and buffers of the seeds."""
-    parts = data.load(settings.data)
-    seeds = range(settings.seeds)
-    noisy = torch.stack([data.noisy(parts.y, parts.classes, settings.noise, seed) for seed in seeds])
-    kept, held = torch.arange(len(parts.y)), torch.arange(0)
-    if settings.hyper_sweep:
-        kept, held = data.held_out(len(parts.y))
-    if settings.batch_size > len(kept):
-        raise StudyError(
-            f"compare: `--batch-size` must be at most the {len(kept)} training examples, got {settings.batch_size}."
-        )
-    build = networks.named(settings.network, parts.x.shape[1], parts.classes, data.SHAPES.get(settings.data))
-    params, buffers = fs.ensemble.init(build, seeds)
-    given = parts._replace(x=parts.x[kept], y=parts.y[kept])
-    moved: dict[str, Any] = {
-        name: part.to(device) for name, part in given._asdict().items() if isinstance(part, Tensor)
-    }
-    labels = (noisy[:, kept].to(device), parts.x[held].to(device), noisy[:, held].to(device))
-    problem = Problem(given._replace(**moved), *labels, build().to(device), seeds, settings.batch_size)
-    params, buffers = ({name: leaf.to(device) for name, leaf in each.items()} for each in (params, buffers))
-    return problem, params, buffers
 
 
 class Entrant(NamedTuple):
     """An optimizer of a comparison.
 
     Attributes:
-        tx: Its chain, for the whole ensemble.
+        make: Makes its chain.
         problem: What it trains on: with a sweep every seed has a member for each value.
         values: The values that are swept; empty if none are.
     """
 
-    tx: fs.Transform
+    make: Make
     problem: Problem
     values: tuple[float, ...]
 
@@ -124,12 +48,11 @@ class Comparison:
     """
 
     def __init__(self, settings: Settings, out: Path, resume: bool, console: Console) -> None:
-        _check(settings)
-        self.settings, self.out, self.console = settings, out, console
-        self.device = _device(settings.device)
+        self.out, self.console = out, console
+        self.device = devices.named(settings.device)
         self.swept, self.values = optimizers.sweep(settings.hyper_sweep) if settings.hyper_sweep else ("", ())
-        problem, params, buffers = _problem(settings, self.device)
-        self.entrants = {spec: self._entrant(spec, problem) for spec in settings.optimizers}
+        given, params, buffers, self.settings = problem.make(settings, self.device)
+        self.entrants = {spec: self._entrant(spec, given) for spec in settings.optimizers}
         if self.swept and not any(entrant.values for entrant in self.entrants.values()):
             raise StudyError(
                 "compare: `--hyper-sweep` must name an option that an `--optimizer` has and does not give itself, "
@@ -139,7 +62,7 @@ class Comparison:
         for spec, entrant in self.entrants.items():
             copies = len(entrant.values) or 1
             stacked = ({name: torch.cat([leaf] * copies) for name, leaf in each.items()} for each in (params, buffers))
-            self.runs[spec] = training.start(entrant.tx, *stacked)
+            self.runs[spec] = training.start(entrant.make, entrant.problem, *stacked)
         self.compiled = dict.fromkeys(self.runs, False)
         self._saved = dict.fromkeys(self.runs, 0)
         if out.exists() and not out.is_dir():
@@ -150,19 +73,17 @@ class Comparison:
             self._refuse_to_lose()
         checkpoint.probe(out)
 
-    def _entrant(self, spec: str, problem: Problem) -> Entrant:
-        total = self.settings.epochs * (len(problem.data.y) // self.settings.batch_size)
-        maker = optimizers.parse(spec, self.settings.lr, self.settings.schedule, total, self.swept or None)
+    def _entrant(self, spec: str, given: Problem) -> Entrant:
+        settings, total = self.settings, self.settings.epochs * given.steps()
+        maker = optimizers.parse(spec, settings.lr, settings.schedule, total, self.swept or None, settings.weight_decay)
         if maker.sweeps is None:
-            return Entrant(training.vectorized(maker.make, None), problem, ())
+            return Entrant(maker.make, given, ())
         for value in self.values:
             maker.make(**{maker.sweeps: value})  # refuses what is out of range
-        each = torch.tensor(self.values, device=self.device).repeat_interleave(self.settings.seeds)
-        many = problem.many(len(self.values))
-        return Entrant(training.vectorized(maker.make, {maker.sweeps: each}), many, self.values)
+        return Entrant(maker.make, given.swept(maker.sweeps, self.values), self.values)
 
     def _path(self, spec: str) -> Path:
-        return self.out / "checkpoints" / (re.sub(r"[^A-Za-z0-9._]+", "-", spec) + ".pt")
+        return checkpoint.path(self.out, spec)
 
     def _refuse_to_lose(self) -> None:
         """Lets a finished run be repeated, as its repetition gives the same figures; keeps any other."""
@@ -227,7 +148,7 @@ class Comparison:
 
     def _steps(self, bars: Bars) -> dict[str, Step]:
         """Makes every optimizer's step ready: compiled where asked for and possible, and warm."""
-        plain = {spec: training.stepper(entrant.tx, entrant.problem) for spec, entrant in self.entrants.items()}
+        plain = {spec: training.stepper(entrant.make, entrant.problem) for spec, entrant in self.entrants.items()}
         todo = [spec for spec, run in self.runs.items() if run.epoch < self.settings.epochs]
         fast = self._compile(plain, todo, bars) if self.settings.compile else None
         for spec in todo:
@@ -265,17 +186,17 @@ class Comparison:
                         continue
                     self.runs[spec] = training.advance(self.runs[spec], steps[spec], self.entrants[spec].problem)
                     bars.show(spec, self.runs[spec])
-                if time.monotonic() - saved >= SAVE_EVERY:
-                    self.save()
-                    saved = time.monotonic()
+                    if time.monotonic() - saved >= SAVE_EVERY:
+                        self.save()
+                        saved = time.monotonic()
         self.save()
 
     def report(self) -> None:
         """Writes the files and prints the table."""
         runs, sharp, sweeps = {}, {}, {}
-        for spec, (_, problem, values) in self.entrants.items():
+        for spec, (_, given, values) in self.entrants.items():
             run = self.runs[spec]
-            rise = training.sharpness(run.params, run.buffers, problem).cpu()
+            rise = judging.sharpness(run.params, run.buffers, given).cpu()
             name, members = spec, slice(None)
             if values:
                 best = report.best(run, len(values))
@@ -286,20 +207,44 @@ class Comparison:
             runs[name], sharp[name] = run.of(members), rise[members]
         final = report.summary(runs, sharp)
         compiled = dict(zip(runs, self.compiled.values(), strict=True))
-        content = report.results(self.described(), runs, final, compiled, sweeps)
+        examples = self._examples()
+        content = report.results(self.described(), runs, final, compiled, sweeps) | {"examples": examples}
         report.write(self.out, content, self.settings.title(), runs, sweeps)
         out = Console()
         out.print(report.table(final, self.settings.title()))
         for name, each in sweeps.items():
             out.print(report.sweep_table(each, name))
         out.print(
-            f"Sharpness: L(w + e) - L(w) on the noisy training set, |e| = {training.SHARPNESS_RADIUS}.",
+            f"Sharpness: L(w + e) - L(w) on {self._examined(examples)}, |e| = {judging.SHARPNESS_RADIUS}.",
+            *self._copy(),
             self._choices(),
             f"Written: {self.out / 'results.json'}, {self.out / 'comparison.png'}",
             sep="\n",
             soft_wrap=True,
             highlight=False,
         )
+
+    def _examples(self) -> dict[str, int]:
+        """Counts the examples that are trained on, of these those that loss, fit and sharpness are measured on, ..."""
+        given = next(iter(self.entrants.values())).problem
+        return {
+            "trained_on": len(given.data.y),
+            "measured_on": len(given.examined()[0]),
+            "held_out": len(given.held_x),
+            "tested_on": len(given.data.test_y),
+        }
+
+    def _examined(self, examples: dict[str, int]) -> str:
+        whole = "the noisy training set" if self.settings.noise else "the training set"
+        if examples["measured_on"] == examples["trained_on"]:
+            return whole
+        return f"{examples['measured_on']:,} examples of {whole} (likewise the fit)"
+
+    def _copy(self) -> list[str]:
+        """Says which copy of the data was used, where it is not the official one."""
+        if self.settings.copy in (None, "official"):
+            return []
+        return [f"These are not the official files of {self.settings.data}: errors may differ from published ones."]
 
     def _choices(self) -> str:
         """Says how hyperparameters were chosen."""

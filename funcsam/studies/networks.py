@@ -48,31 +48,6 @@ def cnn(shape: Sequence[int], channels: Sequence[int], classes: int) -> nn.Seque
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * height * width, classes))
 
 
-def named(name: str, inputs: int, classes: int, shape: Sequence[int] | None = None) -> Callable[[], nn.Module]:
-    """Returns the function that builds a network by its name: `mlp` is `mlp-128-128`, `cnn` is `cnn-16-32`.
-
-    Args:
-        name: `mlp` or `cnn`, and widths of one's own.
-        inputs: Number of features.
-        classes: Number of outputs.
-        shape: Channels, height and width, if the features are the pixels of an image.
-
-    Raises:
-        StudyError: If there is no network of that name, or it does not fit the data.
-    """
-    if not re.fullmatch(r"(mlp|cnn)(-[1-9][0-9]{0,4})*", name):
-        raise StudyError(
-            f"compare: `--network` must be mlp, cnn, or mlp-64-64 or cnn-16-32 with widths of your own, got {name}."
-        )
-    kind, *parts = name.split("-")
-    widths = [int(width) for width in parts]
-    if kind == "mlp":
-        return lambda: mlp(inputs, widths or HIDDEN, classes)
-    if shape is None:
-        raise StudyError(f"compare: `--network` must be mlp where the data are not images, got {name}.")
-    return lambda: cnn(shape, widths or CHANNELS, classes)
-
-
 class _Block(nn.Module):
     """A pre-activation residual block: BN, ReLU, conv, BN, ReLU, conv."""
 
@@ -134,3 +109,60 @@ def wide_resnet(depth: int, width: int, classes: int = 10) -> nn.Sequential:
         elif isinstance(layer, nn.Linear):
             nn.init.zeros_(layer.bias)
     return network
+
+
+def named(name: str, inputs: int, classes: int, shape: Sequence[int] | None = None) -> Callable[[], nn.Module]:
+    """Returns the function that builds a network by its name: `mlp` is `mlp-128-128`, `cnn` is `cnn-16-32`.
+
+    Args:
+        name: `mlp` or `cnn`, and widths of one's own, or `wrn-DEPTH-WIDTH`. The first two take rows of features, a Wide
+            ResNet takes images.
+        inputs: Number of features.
+        classes: Number of outputs.
+        shape: Channels, height and width, if the features are the pixels of an image.
+
+    Raises:
+        StudyError: If there is no network of that name, or it does not fit the data.
+    """
+    if not re.fullmatch(r"(mlp|cnn)(-[1-9][0-9]{0,4})*|wrn(-[1-9][0-9]{0,3}){2}", name):
+        raise StudyError(
+            "compare: `--network` must be mlp, cnn, or mlp-64-64 or cnn-16-32 with widths of your own, or "
+            f"wrn-16-8 with depth and width, got {name}."
+        )
+    kind, *parts = name.split("-")
+    widths = [int(width) for width in parts]
+    if kind == "mlp":
+        return lambda: mlp(inputs, widths or HIDDEN, classes)
+    if shape is None:
+        raise StudyError(f"compare: `--network` must be mlp where the data are not images, got {name}.")
+    if kind == "cnn":
+        return lambda: cnn(shape, widths or CHANNELS, classes)
+    if shape[0] != 3:
+        raise StudyError(f"compare: `--network` must be mlp or cnn where the images have no colours, got {name}.")
+    depth, width = widths
+    if depth < 10 or (depth - 4) % 6:
+        raise StudyError(f"compare: `--network` wrn must have a depth of 10, 16, 22, 28, ..., got {depth} in {name}.")
+    return lambda: wide_resnet(depth, width, classes)
+
+
+class Standardize(nn.Module):
+    """Turns uint8 images into floats of mean 0 and variance 1, `(x - mean) / std` in every channel.
+
+    It is the first layer of a network on photographs, so that images may stay uint8 wherever they are kept.
+
+    Args:
+        mean: Mean of each channel, in pixel values from 0 to 255, shape `(channels,)`.
+        std: Standard deviation, likewise.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean[:, None, None].clone())
+        self.register_buffer("std", std[:, None, None].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns floats of the shape of `x`."""
+        return (x - self.mean) / self.std

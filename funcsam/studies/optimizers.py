@@ -59,11 +59,14 @@ def _options(spec: str, text: str) -> dict[str, str]:
     return options
 
 
-def parse(spec: str, lr: float, schedule: str, total_steps: int, sweep: str | None = None) -> Maker:
+def parse(
+    spec: str, lr: float, schedule: str, total_steps: int, sweep: str | None = None, weight_decay: float = 0.0
+) -> Maker:
     """Turns `name` or `name:option=value,option=value` into a function that makes the chain.
 
     A sharpness-aware method takes its own options, `base` (sgd, adam or adamw; sgd if left out) and those of its base.
-    `sgd` takes the learning rate `lr` and momentum 0.9 unless it says otherwise, adam and adamw their own defaults.
+    `sgd` takes the learning rate `lr`, momentum 0.9 and `weight_decay` unless it says otherwise, adam and adamw their
+    own defaults.
 
     Args:
         spec: E.g. `sgd:weight_decay=5e-4` or `sam:rho=0.05,base=adamw,lr=1e-3`.
@@ -71,6 +74,7 @@ def parse(spec: str, lr: float, schedule: str, total_steps: int, sweep: str | No
         schedule: What every learning rate follows: `constant`, `step_decay` or `cosine`.
         total_steps: Length of the run.
         sweep: An option that is swept.
+        weight_decay: Weight decay of the optimizers on `sgd`, outside the ascent.
 
     Returns:
         A function of the swept option, if the optimizer has it and the spec does not give it; of nothing otherwise.
@@ -95,7 +99,8 @@ def parse(spec: str, lr: float, schedule: str, total_steps: int, sweep: str | No
             names = ", ".join([*own, *(["base"] if own else []), *below])
             raise StudyError(f"{spec}: an option must be one of {names}, got {option}.")
     given = {option: _value(spec, option, text, options_known[option]) for option, text in options.items()}
-    defaults = {"lr": lr, "momentum": MOMENTUM} if base == "sgd" else {"lr": below["lr"]}
+    usual = {"lr": lr, "momentum": MOMENTUM, "weight_decay": weight_decay}
+    defaults = usual if base == "sgd" else {"lr": below["lr"]}
 
     def make(**swept: Any) -> fs.Transform:
         chosen = defaults | given | swept

@@ -19,12 +19,15 @@ from torch import Tensor
 
 import funcsam as fs
 from funcsam.studies import checkpoint
-from funcsam.studies.training import SHARPNESS_RADIUS, Run
+from funcsam.studies.judging import SHARPNESS_RADIUS
+from funcsam.studies.training import Run
 
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 DEFINITIONS = {
+    "examples": "how many were trained on in each epoch at most, on how many of these loss, fit and sharpness were "
+    "measured (in evaluation mode, without augmentation or label smoothing), how many were held out, and tested on",
     "train_loss": "mean cross-entropy on the noisy training labels at the end of the epoch",
     "test_error": "fraction of the clean test set that is wrong at the end of the epoch",
     "noisy_fit": "fraction of the noisy training labels that are reproduced at the end of the epoch",
@@ -32,8 +35,8 @@ DEFINITIONS = {
     "memorised labels leave a small gradient and so a small rise",
     "held_out_error": "fraction of the noisy labels held out of the training set that are not predicted, after the "
     "last epoch; what a sweep chooses by",
-    "seconds_per_step": "median over the steps of an epoch, all seeds together (of a sweep their share); compilation "
-    "is not among them",
+    "seconds_per_step": "median over the steps of an epoch (on an accelerator the mean, as nothing waits inside an "
+    "epoch), all seeds together (of a sweep their share); compilation and measuring are not among them",
     "ratio": "median seconds per step over that of sgd, or of the first optimizer where there is no sgd",
 }
 

@@ -1,8 +1,9 @@
-"""The training loop: one vmapped and compiled ensemble per optimizer, epoch by epoch."""
+"""The training loop: one compiled step per optimizer, for all members at once or for one after the other."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optree
@@ -11,40 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funcsam as fs
-from funcsam.studies import data
+from funcsam.studies import augment, data, judging
+from funcsam.studies.problem import Problem, Tensors
 
-SHARPNESS_RADIUS = 0.05
-"""Length of the ascent by which sharpness is measured: the default radius of SAM, whatever an optimizer used."""
-
+Make = Callable[..., fs.Transform]
+"""Makes a chain from the hyperparameters that differ between the members; from nothing, where none do."""
 Step = Callable[..., tuple[Any, Any, Any]]
-Tensors = dict[str, Tensor]
-
-
-class Problem(NamedTuple):
-    """What an optimizer of a comparison is given.
-
-    Attributes:
-        data: Features and clean labels; of the training part what is trained on.
-        noisy: The labels trained on, one row per member, shape `(members, n)`.
-        held_x: Features held out of the training part, for choosing a hyperparameter; often none.
-        held_noisy: Their labels, as noisy as the others, shape `(members, held out)`.
-        network: A module whose tensors the members' take the place of.
-        seeds: What each member starts from and shuffles by.
-        batch_size: Examples per step.
-    """
-
-    data: data.Data
-    noisy: Tensor
-    held_x: Tensor
-    held_noisy: Tensor
-    network: nn.Module
-    seeds: Sequence[int]
-    batch_size: int
-
-    def many(self, copies: int) -> "Problem":
-        """Returns the problem of an ensemble in which every seed has several members, one sweep value after another."""
-        noisy, held = (rows.repeat(copies, 1) for rows in (self.noisy, self.held_noisy))
-        return self._replace(noisy=noisy, held_noisy=held, seeds=list(self.seeds) * copies)
 
 
 class Run(NamedTuple):
@@ -60,7 +33,7 @@ class Run(NamedTuple):
         noisy_fit: Fraction of the noisy training labels that are reproduced after each epoch, likewise.
         held_error: Fraction of the noisy labels held out that are not predicted after each epoch, likewise; zero if
             nothing is held out.
-        seconds: Median seconds per step within each epoch, shape `(epochs,)`.
+        seconds: Seconds per step of all members within each epoch, shape `(epochs,)`; see `advance`.
     """
 
     epoch: int
@@ -84,28 +57,61 @@ class Run(NamedTuple):
         return self._replace(**changed, seconds=share * self.seconds)
 
 
-def start(tx: fs.Transform, params: Tensors, buffers: Tensors) -> Run:
-    """Returns the run before its first epoch; `tx` is vectorised."""
+def start(make: Make, problem: Problem, params: Tensors, buffers: Tensors) -> Run:
+    """Returns the run before its first epoch."""
     none = torch.zeros(0, fs.ensemble.size(params), dtype=torch.float64)
     seconds = torch.zeros(0, dtype=torch.float64)
-    return Run(0, params, buffers, tx.init(params), none, none, none, none, seconds)
+    return Run(0, params, buffers, _vectorized(make, problem).init(params), none, none, none, none, seconds)
 
 
-def vectorized(make: Callable[..., fs.Transform], hyper: dict[str, Tensor] | None) -> fs.Transform:
-    """Makes the transform of an ensemble; members have their own buffers, batches and labels."""
-    return fs.ensemble.vectorize(make if hyper else make(), hyper or None)
+def _vectorized(make: Make, problem: Problem) -> fs.Transform:
+    """Makes the transform of the ensemble; members have their own buffers, batches and labels."""
+    return fs.ensemble.vectorize(make if problem.hyper else make(), problem.hyper or None)
 
 
-def stepper(tx: fs.Transform, problem: Problem) -> Step:
-    """Returns `step(params, buffers, state, x, y, index)`: a step of every member on a batch and labels of its own."""
-    loss_fn = fs.nn.loss_fn(problem.network, lambda network, x, y: F.cross_entropy(network(x), y))
-    grads_fn = fs.grad_and_value(loss_fn, has_aux=True)
+def _loss(problem: Problem) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    kind, smoothing = problem.noisy.device.type, problem.label_smoothing
 
-    def step(params: Any, buffers: Any, state: Any, x: Tensor, y: Tensor, index: Tensor) -> tuple[Any, Any, Any]:
-        params, state, (_, buffers) = tx.step(params, grads_fn, state, buffers, x[index], y.gather(1, index))
+    def loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(network(x), y, label_smoothing=smoothing)
+
+    def in_bfloat16(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(kind, torch.bfloat16):
+            logits = network(x)
+        return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
+
+    return in_bfloat16 if problem.half else loss
+
+
+def stepper(make: Make, problem: Problem) -> Step:
+    """Returns `step(hyper, params, buffers, state, x, y, index, numbers)`, which returns the three in the middle anew.
+
+    It takes a batch `x[index]` with labels `y` of its own for every member, or where members are trained one after the
+    other that of one member; `numbers` are those of `augment.draw`.
+    """
+    grads_fn = fs.grad_and_value(fs.nn.loss_fn(problem.network, _loss(problem)), has_aux=True)
+    ensemble = None if problem.looped else _vectorized(make, problem)
+    alone = make() if problem.looped and not problem.hyper else None
+
+    def step(
+        hyper: Any, params: Any, buffers: Any, state: Any, x: Tensor, y: Tensor, index: Tensor, numbers: Tensor | None
+    ) -> tuple[Any, Any, Any]:
+        images = _augmented(x[index], numbers, problem)
+        if ensemble is not None:
+            params, state, (_, buffers) = ensemble.step(params, grads_fn, state, buffers, images, y.gather(1, index))
+            return params, buffers, state
+        tx = make(**hyper) if alone is None else alone
+        params, state, (_, buffers) = tx.step(params, grads_fn, state, buffers, problem.laid_out(images), y[index])
         return params, buffers, state
 
     return step
+
+
+def _augmented(images: Tensor, numbers: Tensor | None, problem: Problem) -> Tensor:
+    if numbers is None or problem.fill is None:
+        return images
+    flat = images.flatten(0, -4)
+    return augment.apply(flat, numbers.flatten(0, -2), problem.augment, problem.fill).view(images.shape)
 
 
 def _no_compiler(error: Exception) -> bool:
@@ -120,7 +126,12 @@ def compiled(step: Step, run: Run, problem: Problem) -> Step | None:
 
     The step is pure: it is tried on the start of the run, and the answer is dropped.
     """
-    fast = torch.compile(step, fullgraph=True)
+    whole = torch.compile(step, fullgraph=True)
+
+    def fast(*given: Any) -> tuple[Any, Any, Any]:
+        carry: tuple[Any, Any, Any] = whole(*given)
+        return _steady(carry) if problem.looped else carry
+
     try:
         warm_up(fast, run, problem)
     except Exception as error:
@@ -130,72 +141,119 @@ def compiled(step: Step, run: Run, problem: Problem) -> Step | None:
     return fast
 
 
+class _Part(NamedTuple):
+    """The members that are trained at once: all of them, or one.
+
+    Attributes:
+        hyper: Hyperparameters of one member.
+        carry: Params, buffers and state.
+        labels: What they are trained on.
+        batches: Which examples each step takes, one row per step.
+        numbers: What they are augmented with, likewise, or `None` for each step.
+    """
+
+    hyper: dict[str, Tensor]
+    carry: tuple[Any, Any, Any]
+    labels: Tensor
+    batches: Tensor
+    numbers: Any
+
+
+def _parts(run: Run, problem: Problem, epoch: int, steps: int) -> list[_Part]:
+    """Lists who is trained at once in an epoch, with everything that its first steps need, on the device."""
+    device = problem.noisy.device
+    orders = data.order(len(problem.data.y), problem.batch_size, problem.seeds, epoch)[:steps].to(device)
+    numbers: Any = [None] * steps
+    if problem.augment:
+        size = problem.data.x.shape[-1]
+        numbers = augment.draw(steps, problem.batch_size, problem.seeds, epoch, size).to(device)
+    carry = (run.params, run.buffers, run.state)
+    if not problem.looped:
+        return [_Part({}, carry, problem.noisy, orders, numbers)]
+    return [
+        _Part(
+            {name: values[k] for name, values in problem.hyper.items()},
+            _laid_out(fs.ensemble.member(carry, k), problem),
+            problem.noisy[k],
+            orders[:, k],
+            numbers[:, k] if problem.augment else numbers,
+        )
+        for k in range(len(problem.seeds))
+    ]
+
+
+def _laid_out(carry: Any, problem: Problem) -> Any:
+    """Puts the weights of convolutions into the layout of the images."""
+    return _steady(optree.tree_map(lambda leaf: problem.laid_out(leaf) if leaf.ndim == 4 else leaf, carry))
+
+
+def _steady(carry: Any) -> Any:
+    """Gives the weights of 1x1 convolutions the same strides after every step, or it would be compiled again.
+
+    For them every layout is the same in memory, and what comes out of an operation names any of them.
+    """
+
+    def steady(leaf: Tensor) -> Tensor:
+        if leaf.ndim != 4 or leaf.shape[2:] != (1, 1):
+            return leaf
+        return leaf.contiguous().as_strided(leaf.shape, (leaf.shape[1], 1, 1, 1))
+
+    return optree.tree_map(steady, carry)
+
+
+def _stacked(carries: list[Any]) -> Any:
+    return optree.tree_map(lambda leaf: leaf.contiguous(), fs.ensemble.stack(carries))
+
+
 def warm_up(step: Step, run: Run, problem: Problem) -> None:
     """Takes two steps and drops what they return, so that no first call is among those that are timed."""
-    index = data.order(len(problem.data.y), problem.batch_size, problem.seeds, 0)[0].to(problem.noisy.device)
-    carry = (run.params, run.buffers, run.state)
+    part = _parts(run, problem, 0, steps=1)[0]
+    carry = part.carry
     for _ in range(2):
-        carry = step(*carry, problem.data.x, problem.noisy, index)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        carry = step(part.hyper, *carry, problem.data.x, part.labels, part.batches[0], part.numbers[0])
 
 
 def advance(run: Run, step: Step, problem: Problem) -> Run:
-    """Trains one epoch and measures."""
-    carry, seconds = (run.params, run.buffers, run.state), []
-    orders = data.order(len(problem.data.y), problem.batch_size, problem.seeds, run.epoch).to(problem.noisy.device)
-    for index in orders:
-        begin = time.perf_counter()
-        carry = step(*carry, problem.data.x, problem.noisy, index)
-        _wait(index.device)
-        seconds.append(time.perf_counter() - begin)
-    loss, test_error, noisy_fit, held_error = measure(carry[0], carry[1], problem)
+    """Trains one epoch and measures.
+
+    The time of a step is the median over the epoch. On an accelerator it is the mean, because the steps of an epoch are
+    handed over without waiting for any of them. Where members are trained one after the other their times are added.
+    """
+    waits = problem.noisy.device.type == "cpu"
+    carries, seconds = [], []
+    for part in _parts(run, problem, run.epoch, problem.steps()):
+        carry, times = part.carry, [_now(problem)]
+        for index, numbers in zip(part.batches, part.numbers, strict=True):
+            carry = step(part.hyper, *carry, problem.data.x, part.labels, index, numbers)
+            if waits:
+                times.append(time.perf_counter())
+        if waits:
+            seconds.append(statistics.median(after - before for before, after in itertools.pairwise(times)))
+        else:
+            seconds.append((_now(problem) - times[0]) / len(part.batches))
+        carries.append(carry)
+    carry = _stacked(carries) if problem.looped else carries[0]
+    figures = judging.measure(carry[0], carry[1], problem)
     return Run(
         run.epoch + 1,
-        *carry,
-        _appended(run.loss, loss),
-        _appended(run.test_error, test_error),
-        _appended(run.noisy_fit, noisy_fit),
-        _appended(run.held_error, held_error),
-        _appended(run.seconds, torch.tensor(statistics.median(seconds))),
+        carry[0],
+        carry[1],
+        carry[2],
+        _appended(run.loss, figures[0]),
+        _appended(run.test_error, figures[1]),
+        _appended(run.noisy_fit, figures[2]),
+        _appended(run.held_error, figures[3]),
+        _appended(run.seconds, torch.tensor(sum(seconds))),
     )
+
+
+def _now(problem: Problem) -> float:
+    """Returns the time at which everything asked of the device so far is done."""
+    device = problem.noisy.device
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def _appended(rows: Tensor, row: Tensor) -> Tensor:
     return torch.cat([rows, row.to("cpu", torch.float64)[None]])
-
-
-def measure(params: Tensors, buffers: Tensors, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns training loss, test error, noisy fit and held-out error of every member, in evaluation mode."""
-
-    def logits(x: Tensor) -> Tensor:
-        out: Tensor = fs.ensemble.predict(problem.network, params, buffers, x)
-        return out
-
-    def wrong(x: Tensor, y: Tensor) -> Tensor:
-        return (logits(x).argmax(-1) != y).float().mean(-1)
-
-    training = logits(problem.data.x)
-    loss = F.cross_entropy(training.transpose(1, 2), problem.noisy, reduction="none").mean(-1)
-    fit = (training.argmax(-1) == problem.noisy).float().mean(-1)
-    held = wrong(problem.held_x, problem.held_noisy) if len(problem.held_x) else torch.zeros_like(fit)
-    return loss, wrong(problem.data.test_x, problem.data.test_y), fit, held
-
-
-def sharpness(params: Tensors, buffers: Tensors, problem: Problem, radius: float = SHARPNESS_RADIUS) -> Tensor:
-    """Returns `L(w + e) - L(w)` of every member, `e = radius g / ||g||`, on the whole noisy training set.
-
-    In evaluation mode: normalisation layers keep their running statistics.
-    """
-
-    def loss_fn(params: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(fs.nn.predict(problem.network, params, buffers, x), y)
-
-    climb = fs.ensemble.vectorize(fs.chain(fs.normalize(), fs.scale(radius)), in_dims=(0, None, 0))
-    batch = (buffers, problem.data.x, problem.noisy)
-    climbed, _, low = climb.step(params, fs.grad_and_value(loss_fn), climb.init(params), *batch)
-    high = torch.vmap(loss_fn, in_dims=(0, 0, None, 0))(climbed, *batch)
-    return torch.sub(high, low)
