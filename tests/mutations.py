@@ -571,6 +571,48 @@ MUTATIONS += [
 ]
 
 
+MEASURES = ("tests/test_measures.py",)
+
+MUTATIONS += [
+    Mutation(
+        "not the best point but the last", "measures/worst.py", "torch.stack(rises).amax()", "rises[-1]", MEASURES
+    ),
+    Mutation(
+        "the ascent leaves the ball", "measures/worst.py", "torch.where(norm > rho,", "torch.where(norm < 0,", MEASURES
+    ),
+    Mutation(
+        "later steps are twice as long",
+        "measures/worst.py",
+        "length = rho",
+        "length = (2 if step else 1) * rho",
+        MEASURES,
+    ),
+    Mutation(
+        "T once instead of twice",
+        "measures/worst.py",
+        "scaled = near.stretch(grads, params)",
+        "scaled = grads",
+        MEASURES,
+    ),
+    Mutation("m counts slices", "measures/worst.py", "math.ceil(examples / m)", "m", MEASURES),
+    Mutation("the neighbourhood ignores eta", "measures/support.py", "params, self.eta,", "params, 0.0,", MEASURES),
+    Mutation("the neighbourhood ignores its mask", "measures/support.py", "self.mask)", "None)", MEASURES),
+    Mutation(
+        "the error is the deviation", "measures/support.py", "values.std() / math.sqrt(draws)", "values.std()", MEASURES
+    ),
+    Mutation("every seed is 0", "measures/support.py", ".manual_seed(seed)", ".manual_seed(0)", MEASURES),
+    Mutation(
+        "half of the signs are 0", "measures/support.py", "2 * torch.randint(0, 2,", "torch.randint(0, 3,", MEASURES
+    ),
+    Mutation("measures grow a graph", "measures/support.py", "torch.no_grad() if", "nullcontext() if", MEASURES),
+    Mutation("the level counts, not the rise", "measures/average.py", "*batch) - start", "*batch)", MEASURES),
+    Mutation("largest in size", "measures/spectra.py", 'which="LA"', 'which="LM"', MEASURES),
+    Mutation("small spectra ascend", "measures/spectra.py", "values[-k:].flip(0)", "values[-k:]", MEASURES),
+    Mutation("vectors in the order of SciPy", "measures/spectra.py", "vectors.T.flip(0)", "vectors.T", MEASURES),
+    Mutation("products of members are not batched", "measures/spectra.py", "torch.where(w == w, a, a)", "a", MEASURES),
+]
+
+
 def survives(mutation: Mutation) -> bool:
     """Tells whether all tests pass on the mutated copy.
 

@@ -115,6 +115,13 @@ def test_more_steps_never_find_less(problem, rho):
     assert found == sorted(found)
 
 
+def test_the_best_point_counts_and_not_the_last():
+    """`L = -(w - 0.1)^2` from 0 with radius 1: the first step overshoots to 1, the next is back at 0, and so on."""
+    w = torch.tensor(0.0, dtype=torch.float64)
+    rises = [measures.worst_case_sharpness(lambda w: -((w - 0.1) ** 2), w, rho=1.0, steps=n) for n in (1, 2, 3)]
+    close(torch.stack(rises), torch.tensor([-0.8, 0.0, 0.0], dtype=torch.float64))
+
+
 def test_many_steps_find_the_top_of_the_ball():
     """The maximum of an indefinite quadratic over a ball solves `(mu - A) e = b`, `||e|| = rho`, `mu > lambda_max`."""
     values, vectors = torch.linalg.eigh(A)

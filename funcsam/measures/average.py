@@ -61,7 +61,7 @@ def average_case_sharpness(
     True
 
     References:
-        Andriushchenko et al., 2023, section 3, average-case sharpness. arXiv 2302.07011.
+        Andriushchenko et al., 2023, who compare it with the worst case. arXiv 2302.07011.
     """
     where = "average_case_sharpness"
     near = neighbourhood(where, rho, adaptive, eta, mask)

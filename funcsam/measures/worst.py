@@ -138,8 +138,8 @@ def m_sharpness(
 ) -> Tensor:
     """Returns the mean of `worst_case_sharpness` over disjoint slices of `m` examples, each with an ascent of its own.
 
-    It never falls below the sharpness of the whole batch if each is the true maximum, and rises as `m` falls. Values
-    are comparable at one `m` only.
+    Of true maxima it is at least that of the whole batch, and does not fall where slices are cut further: values are
+    comparable at one `m` only.
 
     Args:
         loss_fn: `loss_fn(params, *batch)` returns the loss, a mean over the examples, of shape ().
