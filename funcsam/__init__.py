@@ -13,6 +13,7 @@ from funcsam import distributed, ensemble, landscape, measures, nn, torch_optim
 from funcsam.batches import ascent_batch, microbatch
 from funcsam.decay import DecayState, add_decayed_weights
 from funcsam.family.sam import asam, sam, sam_update
+from funcsam.finite import ApplyIfFiniteState, apply_if_finite
 from funcsam.gradients import grad_and_value
 from funcsam.groups import freeze, masked, partition
 from funcsam.loss_scale import LossScaleState, dynamic_loss_scale
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdamState",
+    "ApplyIfFiniteState",
     "DecayState",
     "LossScaleState",
     "RandomnessState",
@@ -45,6 +47,7 @@ __all__ = [
     "adam",
     "adamw",
     "add_decayed_weights",
+    "apply_if_finite",
     "apply_updates",
     "asam",
     "ascent_batch",

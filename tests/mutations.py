@@ -505,20 +505,76 @@ MUTATIONS += [
 
 
 RANKS = ("tests/test_distributed.py",)
+FAULTS = ("tests/test_faults.py",)
+SHARDED = ("tests/test_sharded.py",)
+RESUME = ("tests/test_resume.py",)
+FINITE = ("tests/test_finite.py",)
 
 MUTATIONS += [
-    Mutation("gradients are summed over ranks", "distributed.py", "leaves[k] / group.size()", "leaves[k]", RANKS),
-    Mutation("aux stays local", "distributed.py", 'if aux == "local":', "if True:", RANKS),
-    Mutation("the last rank is the first", "distributed.py", "get_rank(group) == 0", "get_rank(group) == 1", RANKS),
-    Mutation("params may differ", "distributed.py", '_alike(params, _group("all_reduce_mean", group))', "pass", RANKS),
+    Mutation(
+        "gradients are summed over ranks", "distributed/average.py", "bucket = bucket / group.size()", "pass", RANKS
+    ),
+    Mutation("aux stays local", "distributed/average.py", "_Part(found, aux)", '_Part(found, "local")', RANKS),
+    Mutation(
+        "the last rank is the first", "distributed/average.py", "get_rank(group) == 0", "get_rank(group) == 1", RANKS
+    ),
+    Mutation(
+        "params may differ", "distributed/average.py", '_alike(params, _group("all_reduce_mean", group))', "pass", RANKS
+    ),
     Mutation(
         "states upstream stay local",
-        "distributed.py",
-        "Kept(_averaged(found.states, ranks, bucket_bytes),",
-        "Kept(found.states,",
+        "distributed/average.py",
+        '_Part(found.states, "mean")',
+        '_Part(found.states, "local")',
         RANKS,
     ),
-    Mutation("every average is over all ranks", "distributed.py", "group = group.get_group()", "group = None", RANKS),
+    Mutation(
+        "a missing rank is not explained", "distributed/average.py", "except RuntimeError", "except ValueError", FAULTS
+    ),
+    Mutation(
+        "norms are those of a shard",
+        "shards.py",
+        "return leaf.to_local(), (leaf",
+        "return leaf.to_local(), None if dims else (leaf",
+        SHARDED,
+    ),
+    Mutation("copies count twice", "shards.py", "if not placement.is_replicate())", "if True)", SHARDED),
+    Mutation(
+        "shards are not added up", "shards.py", "value = _all_reduce(value, mesh.get_group(dim))", "pass", SHARDED
+    ),
+    Mutation("an empty shard sends another dtype", "tree.py", ".square().to(real_dtype(leaves))", ".square()", SHARDED),
+    Mutation("gradients of shards are summed", "distributed/sharding.py", 'Partial("avg")', "Partial()", SHARDED),
+    Mutation(
+        "a checkpoint is written over",
+        "distributed/checkpoint.py",
+        "if _metadata(folder).exists():",
+        "if False:",
+        RESUME,
+    ),
+    Mutation(
+        "a tree of other shapes is loaded", "distributed/checkpoint.py", "wanted[name] != saved[name]", "False", RESUME
+    ),
+    Mutation(
+        "a loaded base optimizer is lost",
+        "torch_optim/two_step.py",
+        "lambda base: _share(me())",
+        "lambda base: None",
+        RESUME,
+    ),
+    Mutation("a skipped step moves the state", "finite.py", "torch.where(finite, new, old)", "new", FINITE),
+    Mutation(
+        "a skipped step moves the params",
+        "finite.py",
+        "tree.where(finite, updates, tree.zeros_like(updates))",
+        "updates",
+        FINITE,
+    ),
+    Mutation(
+        "skipped steps are counted wrongly", "finite.py", "state.skipped + ~finite", "state.skipped + finite", FINITE
+    ),
+    Mutation(
+        "every average is over all ranks", "distributed/average.py", "group = group.get_group()", "group = None", RANKS
+    ),
 ]
 
 

@@ -1,29 +1,20 @@
 """Data parallel training with the front end, on real processes."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 
 import funcsam as fs
 from tests.asserts import close, equal
 from tests.distributed.ddp import data, loss, network
+from tests.distributed.launch import torchrun
 
-ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.xdist_group("ddp")  # one launch serves all
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What two processes ended with."""
-    out = tmp_path_factory.mktemp("ddp")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "tests/distributed/ddp.py", str(out)]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return torchrun("ddp", 2, tmp_path_factory.mktemp("ddp"))
 
 
 def pure(tx):

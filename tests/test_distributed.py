@@ -1,31 +1,24 @@
 """`all_reduce_mean` on real processes: the place in the chain says which SAM it is."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import funcsam as fs
 from funcsam.distributed import all_reduce_mean, broadcast
 from tests.asserts import close, equal
-from tests.distributed.reduce import EXAMPLES, data, network, run, sgd, smooth, train
+from tests.distributed.launch import torchrun
+from tests.distributed.reduce import EXAMPLES, PLACES, SHARES, data, mean_loss, network, run, sgd, smooth, train
 
-ROOT = Path(__file__).parent.parent
 DIMS = (None, 0, 0)
+
+
+pytestmark = pytest.mark.xdist_group("distributed")  # one launch serves all
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
     """What the processes ended with."""
-    out = tmp_path_factory.mktemp("ranks")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
-    command = [*launch, "tests/distributed/reduce.py", str(out)]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return torchrun("reduce", request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def sliced(world):
@@ -90,6 +83,62 @@ def test_ranks_that_start_from_different_seeds_are_refused(ranks):
     wanted = train(fs.chain(fs.microbatch(fs.identity(), len(ranks), DIMS), sgd()), network(), data())
     assert size * len(ranks) == EXAMPLES
     close(ranks[0]["broadcast"], wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_an_uneven_batch(ranks, shares):
+    """With the weights that the docstring names: the mean over all examples, also where a rank has none."""
+    counts = shares[: len(ranks)]
+    whole = [(x[: sum(counts)], y[: sum(counts)]) for x, y in data()]
+    for rank in ranks:
+        close(rank[f"uneven {shares}"]["before"], train(fs.chain(fs.sam(0.2), sgd()), smooth(), whole), rtol=1e-12)
+        equal(rank[f"uneven {shares}"]["after"], ranks[0][f"uneven {shares}"]["after"])
+    close(ranks[0][f"uneven {shares}"]["after"], by_share(counts, whole), rtol=1e-12)
+
+
+def by_share(counts, batches):
+    """Params and losses where every slice climbs on its own and the slices are weighted by their size."""
+    grads_fn = fs.grad_and_value(fs.nn.loss_fn(smooth(), mean_loss), has_aux=True)
+    params, buffers = fs.nn.split(smooth())
+    climb, base = fs.sam(0.2), sgd()
+    state, losses = base.init(params), []
+    for x, y in batches:
+        grads, loss = fs.tree.zeros_like(params), 0.0
+        for xs, ys in zip(x.split(counts), y.split(counts), strict=True):
+            if len(ys):
+                own, _, (value, _) = climb.update(params, grads_fn, climb.init(params), buffers, xs, ys)
+                grads = fs.tree.add_scaled(grads, len(ys) / len(y), own)
+                loss = loss + len(ys) / len(y) * value.detach()
+        updates, state, _ = base.update(params, lambda params, grads=grads: grads, state)
+        params = fs.apply_updates(params, updates)
+        losses.append(loss)
+    return params, buffers, torch.stack(losses)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_nan_on_one_rank_is_seen_by_all(ranks, place):
+    """Every rank skips the step: the run is the one without it."""
+    kept = [batch for k, batch in enumerate(data()) if k != 1]
+    tx = fs.chain(fs.sam(0.2), sgd()) if place == "before" else sliced(len(ranks))
+    wanted = train(tx, smooth(), kept)[0]
+    for rank in ranks:
+        params, _, losses, state = rank[f"nan {place}"]
+        close(params, wanted, rtol=1e-12)
+        equal(params, ranks[0][f"nan {place}"][0])
+        assert state.skipped == 1
+        assert losses.isnan().tolist() == [False, True, False]
+
+
+def test_sharded_params_are_refused(ranks):
+    """Their gradients are averaged already."""
+    for rank in ranks:
+        assert "all_reduce_mean: `params` must not be sharded, got a DTensor at ['w']" in rank["sharded"]
+
+
+def test_the_mean_of_a_tree(ranks):
+    """Of floating-point leaves; others stay the rank's own."""
+    for number, rank in enumerate(ranks):
+        equal(rank["a mean"], {"x": torch.tensor((len(ranks) - 1) / 2), "n": torch.tensor(number)})
 
 
 def test_an_overflow_on_one_rank_is_seen_by_all(ranks):

@@ -77,7 +77,6 @@ def test_every_launch_precedes_the_first_wait(alone, leaves_a_bucket, buckets):
 
 
 @pytest.mark.compile
-@pytest.mark.xfail(strict=True, reason="torch's `all_reduce` puts a wait behind each launch when it is traced")
 def test_a_compiled_step_keeps_the_order(alone):
     """The graph that a compiler backend gets has all launches before the first wait; a backend may move them."""
     graphs = []

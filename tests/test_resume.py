@@ -12,6 +12,9 @@ from tests.distributed.resume import TX, advance, cross_entropy, front, replicat
 TWICE = [*data(), *data()]
 
 
+pytestmark = pytest.mark.xdist_group("resume")  # one launch serves all
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What four processes ended with that went on from what two had saved."""

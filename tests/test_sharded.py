@@ -10,6 +10,9 @@ from tests.distributed.reduce import data, smooth
 from tests.distributed.sharded import ENTRIES, FRONT, batch, front, loss, params, train
 
 
+pytestmark = pytest.mark.xdist_group("sharded")  # one launch serves all
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
     """What the processes ended with."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from funcsam import checks, levels, shards, tree
 from funcsam.transform import Aux, GradsFn, Kept, State, Transform
 
 if dist.is_available():  # some builds of torch are without
-    import torch.distributed._functional_collectives as collectives
+    import torch.distributed._functional_collectives  # registers the operators
     from torch.distributed.device_mesh import DeviceMesh
 
 P = TypeVar("P")
@@ -20,6 +20,8 @@ Ranks = Any
 Group = Any
 """A process group, a one-dimensional `DeviceMesh`, or `None` for all processes."""
 Rule = Literal["mean", "first", "local"]
+BUCKET = 2**25
+"""Bytes of a bucket: DDP's 25 MB, rounded."""
 
 
 def _group(where: str, group: Group) -> Ranks:
@@ -33,13 +35,25 @@ def _group(where: str, group: Group) -> Ranks:
     return dist.group.WORLD if group is None else group
 
 
-def _buckets(leaves: Sequence[Tensor], limit: int) -> list[list[int]]:
-    """Lists the positions of leaves that travel together: of one type and device, and up to a size."""
+class _Part(NamedTuple):
+    """A tree that travels.
+
+    Attributes:
+        tree: What this rank has.
+        rule: What every rank is to have.
+    """
+
+    tree: Any
+    rule: Rule
+
+
+def _buckets(kinds: Sequence[Any], leaves: Sequence[Tensor], limit: int) -> list[list[int]]:
+    """Lists the positions of leaves that travel together: of one kind, and up to a size."""
     open_: dict[Any, list[int]] = {}
     sizes: dict[Any, int] = {}
     buckets = []
-    for position, leaf in enumerate(leaves):
-        kind, size = (leaf.dtype, leaf.device), leaf.numel() * leaf.element_size()
+    for position, (kind, leaf) in enumerate(zip(kinds, leaves, strict=True)):
+        size = leaf.numel() * leaf.element_size()
         if kind not in open_ or sizes[kind] + size > limit:
             open_[kind], sizes[kind] = [], 0
             buckets.append(open_[kind])
@@ -48,27 +62,56 @@ def _buckets(leaves: Sequence[Tensor], limit: int) -> list[list[int]]:
     return buckets
 
 
-def _sum(leaves: Sequence[Tensor], group: Ranks, limit: int) -> list[Tensor]:
-    """Adds leaves up over the group; every bucket is under way before the first is waited for."""
-    buckets = _buckets(leaves, limit)
+def _exchanged(parts: Sequence[_Part], group: Ranks, limit: int) -> list[Any]:
+    """Averages trees, or takes those of the first rank, in the same buckets."""
+    flat = [tree.flatten_any(part.tree) for part in parts]
     moving = [
-        collectives.all_reduce(torch.cat([leaves[k].reshape(-1) for k in bucket]), "sum", group) for bucket in buckets
+        (n, k, part.rule)
+        for n, part in enumerate(parts)
+        for k, leaf in enumerate(flat[n][0])
+        if isinstance(leaf, Tensor) and _moves(leaf, part.rule)
     ]
+    leaves = [flat[n][0][k] for n, k, _ in moving]
+    for (n, k, _), new in zip(moving, _sums(leaves, [rule for *_, rule in moving], group, limit), strict=True):
+        flat[n][0][k] = new
+    return [tree.unflatten(spec, own, part.tree) for part, (own, spec) in zip(parts, flat, strict=True)]
+
+
+def _moves(leaf: Tensor, rule: Rule) -> bool:
+    return rule == "first" or (rule == "mean" and (leaf.is_floating_point() or leaf.is_complex()))
+
+
+def _sums(leaves: Sequence[Tensor], rules: Sequence[Rule], group: Ranks, limit: int) -> list[Tensor]:
+    """Exchanges leaves by their rules; every bucket is under way before the first is waited for."""
+    kinds = [(leaf.dtype, leaf.device, rule) for leaf, rule in zip(leaves, rules, strict=True)]
+    buckets = _buckets(kinds, leaves, limit)
+    moving = [_sent([leaves[k] for k in bucket], rules[bucket[0]], group) for bucket in buckets]
     total: list[Tensor] = list(leaves)
     for bucket, sent in zip(buckets, moving, strict=True):
-        arrived = _arrived(sent)
-        parts = torch.split(arrived, [leaves[k].numel() for k in bucket])
+        parts = torch.split(_arrived(sent), [leaves[k].numel() for k in bucket])
         for k, part in zip(bucket, parts, strict=True):
-            total[k] = part.view(leaves[k].shape)
+            total[k] = part.view(leaves[k].shape).to(leaves[k].dtype)
     return total
+
+
+def _sent(leaves: Sequence[Tensor], rule: Rule, group: Ranks) -> Tensor:
+    """Sends a bucket off. Under the compiler, torch's own wrapper would wait for it on the spot."""
+    bucket = torch.cat([leaf.reshape(-1) for leaf in leaves])
+    if rule == "mean":
+        bucket = bucket / group.size()
+    else:
+        bucket = bucket.to(torch.uint8) if bucket.dtype is torch.bool else bucket
+        bucket = bucket if dist.get_rank(group) == 0 else torch.zeros_like(bucket)
+    sent: Tensor = torch.ops._c10d_functional.all_reduce(bucket, "sum", group.group_name)
+    return sent
 
 
 def _arrived(sent: Tensor) -> Tensor:
     """Waits for a message; if it does not come, says so in words that name the cause."""
     if torch.compiler.is_compiling():
-        return collectives.wait_tensor(sent)  # type: ignore[no-any-return, no-untyped-call]
+        return torch.ops._c10d_functional.wait_tensor(sent)  # type: ignore[no-any-return]
     with _together():
-        return collectives.wait_tensor(sent)  # type: ignore[no-any-return, no-untyped-call]
+        return torch.ops._c10d_functional.wait_tensor(sent)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -78,35 +121,12 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rpartition("] ")[2][:80]
         raise RuntimeError(
-            "all_reduce_mean: every rank of the group must take part within the time-out of `init_process_group`, "
+            "distributed: every rank of the group must take part within the time-out of `init_process_group`, "
             f"got no answer from one that failed, ended or is stuck ({reason}). Look at the logs of the other ranks."
         ) from error
 
 
-def _averaged(x: P, group: Ranks, limit: int) -> P:
-    """Averages floating-point leaves; others stay as they are."""
-    leaves, spec = tree.flatten_any(x)
-    tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    moving = [k for k in tensors if leaves[k].is_floating_point() or leaves[k].is_complex()]
-    total = _sum([leaves[k] / group.size() for k in moving], group, limit)
-    for k, mean in zip(moving, total, strict=True):
-        leaves[k] = mean.to(leaves[k].dtype)
-    return tree.unflatten(spec, leaves, x)
-
-
-def _first(x: P, group: Ranks, limit: int) -> P:
-    """Takes the leaves of the first rank."""
-    leaves, spec = tree.flatten_any(x)
-    mine = dist.get_rank(group) == 0
-    moving = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    plain = [leaves[k].to(torch.uint8) if leaves[k].dtype is torch.bool else leaves[k] for k in moving]
-    total = _sum([leaf if mine else torch.zeros_like(leaf) for leaf in plain], group, limit)
-    for k, new in zip(moving, total, strict=True):
-        leaves[k] = new.to(leaves[k].dtype)
-    return tree.unflatten(spec, leaves, x)
-
-
-def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int = 2**25) -> Transform:
+def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int = BUCKET) -> Transform:
     """Averages gradients over the processes of a group.
 
     Every rank must hold the same params, and keeps them bit for bit: what comes out is the same everywhere. The loss
@@ -144,22 +164,22 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
         _alike(params, _group("all_reduce_mean", group))
         return ()
 
-    def kept(found: Aux, ranks: Ranks) -> Aux:
-        if isinstance(found, Kept):
-            return Kept(_averaged(found.states, ranks, bucket_bytes), kept(found.aux, ranks))
-        if aux == "local":
-            return found
-        return (_averaged if aux == "mean" else _first)(found, ranks, bucket_bytes)
-
     def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
         if not torch.compiler.is_compiling() and not levels.eager():
             raise RuntimeError(
                 "all_reduce_mean: must not run under `vmap` or another transform of torch.func, got one. "
                 "Put it outside of them."
             )
-        ranks = _group("all_reduce_mean", group)
         grads, found = grads_fn(params, *batch)
-        return _averaged(grads, ranks, bucket_bytes), state, kept(found, ranks)
+        parts = [_Part(grads, "mean")]
+        while isinstance(found, Kept):
+            parts.append(_Part(found.states, "mean"))
+            found = found.aux
+        parts.append(_Part(found, aux))
+        grads, *states, found = _exchanged(parts, _group("all_reduce_mean", group), bucket_bytes)
+        for each in reversed(states):
+            found = Kept(each, found)
+        return grads, state, found
 
     return Transform(init, update)
 
@@ -194,7 +214,7 @@ def mean(x: P, group: Group = None) -> P:
         x: A tree of tensors, of the same structure and shapes on every rank. Leaves that are not floating-point stay.
         group: As in `all_reduce_mean`.
     """
-    return _averaged(x, _group("mean", group), 2**25)
+    return _alone(x, "mean", _group("mean", group))
 
 
 def broadcast(x: P, group: Group = None) -> P:
@@ -204,4 +224,9 @@ def broadcast(x: P, group: Group = None) -> P:
         x: A tree of tensors, params and buffers at the start of a run, of the same structure and shapes on every rank.
         group: As in `all_reduce_mean`.
     """
-    return _first(x, _group("broadcast", group), 2**25)
+    return _alone(x, "first", _group("broadcast", group))
+
+
+def _alone(x: P, rule: Rule, group: Ranks) -> P:
+    (new,) = _exchanged([_Part(x, rule)], group, BUCKET)
+    return cast(P, new)

@@ -11,9 +11,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import funcsam as fs
-from funcsam.distributed import all_reduce_mean, broadcast
+from funcsam.distributed import all_reduce_mean, broadcast, mean, shard
 
 EXAMPLES = 8
+SHARES = ((3, 4, 1, 0), (5, 3, 0, 0))
+PLACES = ("before", "after")
 
 
 def network(seed=0):
@@ -40,9 +42,14 @@ def train(tx, model, batches, **options):
     return run(tx, model, batches, **options)[:3]
 
 
-def run(tx, model, batches, start=None, compiled=False):
+def mean_loss(model, x, y):
+    """Mean over the examples of a rank."""
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def run(tx, model, batches, start=None, compiled=False, loss=mean_loss):
     """The same, and the state."""
-    loss_fn = fs.nn.loss_fn(model, lambda model, x, y: nn.functional.cross_entropy(model(x), y))
+    loss_fn = fs.nn.loss_fn(model, loss)
     grads_fn = fs.grad_and_value(loss_fn, has_aux=True)
     params, buffers = fs.nn.split(model) if start is None else start
     state, losses = tx.init(params), []
@@ -66,11 +73,42 @@ def overflowing(tx, own):
     return w, state.scale
 
 
+def placed(place, rho=0.2):
+    """The chain with the average in front of SAM or behind it."""
+    parts = (all_reduce_mean(), fs.sam(rho)) if place == "before" else (fs.sam(rho), all_reduce_mean())
+    return fs.chain(*parts, sgd())
+
+
+def weighted(weight):
+    """A loss of which a rank has `weight` times its mean; a rank without examples has zero."""
+
+    def loss(model, x, y):
+        return weight * nn.functional.cross_entropy(model(x), y, reduction="sum") / max(len(y), 1)
+
+    return loss
+
+
+def uneven(shares):
+    """Both chains on batches of which the ranks have differently many examples."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    begin, size, total = sum(shares[:rank]), shares[rank], sum(shares)
+    own = [(x[begin : begin + size], y[begin : begin + size]) for x, y in data()]
+    return {place: train(placed(place), smooth(), own, loss=weighted(size * world / total)) for place in PLACES}
+
+
+def skipping(place, own):
+    """Three steps; in the second the last rank has a NaN among its data."""
+    tx, bad = fs.apply_if_finite(placed(place)), [(x.clone(), y) for x, y in own]
+    if dist.get_rank() == dist.get_world_size() - 1:
+        bad[1][0][0, 0] = torch.nan
+    return run(tx, smooth(), bad)
+
+
 def refused(params):
-    """What is said of params that differ."""
+    """What is said of params that differ, or are sharded."""
     try:
         all_reduce_mean().init(params)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         return str(error)
     return ""
 
@@ -90,10 +128,15 @@ def main():
     }
     for rule in ("mean", "first", "local"):
         found[rule] = train(fs.chain(fs.sam(0.2), all_reduce_mean(aux=rule), sgd()), network(), own)
-    found["state upstream"] = run(fs.chain(fs.trace(0.5), all_reduce_mean(), fs.sam(0.2), sgd()), smooth(), own)[3]
+    for shares in SHARES:
+        found[f"uneven {shares}"] = uneven(shares[:world])
+    for place in PLACES:
+        found[f"nan {place}"] = skipping(place, own)
     found["state upstream"] = run(fs.chain(fs.trace(0.5), all_reduce_mean(), fs.sam(0.2), sgd()), smooth(), own)[3]
     other = fs.nn.split(network(seed=rank))
     found["refused"] = refused(other[0])
+    found["sharded"] = refused(shard({"w": torch.ones(4)}, init_device_mesh("cpu", (world,))))
+    found["a mean"] = mean({"x": torch.tensor(float(rank)), "n": torch.tensor(rank)})
     found["broadcast"] = train(fs.chain(all_reduce_mean(), sgd()), network(seed=rank), own, start=broadcast(other))
     scaled = fs.dynamic_loss_scale(fs.chain(fs.sam(0.1), all_reduce_mean(), sgd()))
     found["overflow"] = overflowing(scaled, own)
