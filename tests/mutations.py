@@ -580,6 +580,8 @@ MUTATIONS += [
 
 PLANE = ("tests/test_landscape.py",)
 PICTURES = ("tests/test_pictures.py",)
+IMAGES = ("tests/test_augment.py", "tests/test_cifar10.py")
+COMPARE = ("tests/test_compare_cifar10.py",)
 
 MUTATIONS += [
     Mutation(
@@ -666,6 +668,105 @@ MUTATIONS += [
     Mutation("small spectra ascend", "measures/spectra.py", "values[-k:].flip(0)", "values[-k:]", MEASURES),
     Mutation("vectors in the order of SciPy", "measures/spectra.py", "vectors.T.flip(0)", "vectors.T", MEASURES),
     Mutation("products of members are not batched", "measures/spectra.py", "torch.where(w == w, a, a)", "a", MEASURES),
+    Mutation("crops are wrapped in white", "studies/augment.py", "(PAD,) * 4)", "(PAD,) * 4, value=255)", IMAGES),
+    Mutation(
+        "rows are cropped as columns",
+        "studies/augment.py",
+        "rows + top, columns + left",
+        "rows + left, columns + top",
+        IMAGES,
+    ),
+    Mutation(
+        "every image is flipped", "studies/augment.py", "torch.where(flip == 1,", "torch.where(flip >= 0,", IMAGES
+    ),
+    Mutation("every image has a hole", "studies/augment.py", "(hole == 1)", "(hole >= 0)", IMAGES),
+    Mutation(
+        "a hole is a pixel too large",
+        "studies/augment.py",
+        "place < hole_top + HOLE",
+        "place <= hole_top + HOLE",
+        IMAGES,
+    ),
+    Mutation("holes lie inside", "studies/augment.py", "0, -HOLE // 2, -HOLE // 2)", "0, 0, 0)", IMAGES),
+    Mutation("epochs augment alike", "studies/augment.py", "(_AUGMENT, seed, epoch)", "(_AUGMENT, seed)", IMAGES),
+    Mutation("seeds augment alike", "studies/augment.py", "(_AUGMENT, seed, epoch)", "(_AUGMENT, epoch)", IMAGES),
+    Mutation(
+        "green is red",
+        "studies/cifar10.py",
+        "data.reshape(-1, *SHAPE)",
+        "data.reshape(-1, *SHAPE)[:, [1, 0, 2]]",
+        IMAGES,
+    ),
+    Mutation(
+        "any pickle runs",
+        "studies/cifar10.py",
+        'raise pickle.UnpicklingError(f"it asks for {module}.{name}")',
+        "return super().find_class(module, name)",
+        IMAGES,
+    ),
+    Mutation(
+        "the last label may be missing", "studies/cifar10.py", "len(labels) != rows", "len(labels) < rows - 1", IMAGES
+    ),
+    Mutation(
+        "label 10 exists", "studies/cifar10.py", "0 <= label < len(CLASSES)", "0 <= label <= len(CLASSES)", IMAGES
+    ),
+    Mutation("variance in the place of deviation", "studies/problem.py", "mean**2).sqrt()", "mean**2)", COMPARE),
+    Mutation(
+        "training is not smoothed",
+        "studies/training.py",
+        "kind, smoothing = problem.noisy.device.type, problem.label_smoothing",
+        "kind, smoothing = problem.noisy.device.type, 0.0",
+        COMPARE,
+    ),
+    Mutation(
+        "weights do not decay",
+        "studies/optimizers.py",
+        '"weight_decay": weight_decay}',
+        '"weight_decay": 0.0}',
+        COMPARE,
+    ),
+    Mutation(
+        "every member has the labels of the first",
+        "studies/training.py",
+        "            problem.noisy[k],",
+        "            problem.noisy[0],",
+        COMPARE,
+    ),
+    Mutation(
+        "every member is augmented as the first", "studies/training.py", "numbers[:, k] if", "numbers[:, 0] if", COMPARE
+    ),
+    Mutation(
+        "every epoch is the first",
+        "studies/training.py",
+        "_parts(run, problem, run.epoch,",
+        "_parts(run, problem, 0,",
+        COMPARE,
+    ),
+    Mutation(
+        "batches do not share the loss fairly", "studies/judging.py", "len(labels) / len(y)", "1 / len(parts)", COMPARE
+    ),
+    Mutation("dogs stay dogs", "studies/data.py", "3: 5, 5: 3}", "3: 5}", COMPARE),
+    Mutation(
+        "subsets are not stratified",
+        "studies/data.py",
+        'mixed[np.argsort(turn, kind="stable")[:size]]',
+        "mixed[:size]",
+        COMPARE,
+    ),
+    Mutation(
+        "sweeps read the first value",
+        "studies/finished.py",
+        "if values > 1 else 0",
+        "if values > 9 else 0",
+        ("tests/test_finished.py",),
+    ),
+    Mutation(
+        "unfinished is finished",
+        "studies/finished.py",
+        "run.epoch < settings.epochs",
+        "run.epoch < 0",
+        ("tests/test_finished.py",),
+    ),
 ]
 
 

@@ -179,7 +179,6 @@ def test_a_wrong_folder_gets_one_line(tmp_path):
 @pytest.fixture
 def pooch(monkeypatch, tmp_path):
     """A stand-in for pooch, whose cache is a folder of the test and which has no network."""
-    import logging
 
     def retrieve(url, known_hash, fname, path):
         fake.asked.append((url, known_hash, fname, path))
@@ -189,7 +188,6 @@ def pooch(monkeypatch, tmp_path):
 
     fake = types.ModuleType("pooch")
     fake.os_cache = lambda name: tmp_path
-    fake.get_logger = lambda: logging.getLogger("pooch")
     fake.asked, fake.retrieve = [], retrieve
     monkeypatch.setitem(sys.modules, "pooch", fake)
     return fake

@@ -86,6 +86,15 @@ def test_the_recipe_is_that_of_the_wide_resnet():
     assert (small.augment, small.optimizers) == ("none", ("sgd", "sam:rho=0.5", "asam:rho=2.0"))
 
 
+def test_the_title_says_what_was_done():
+    sizes = "cifar10 (50 training examples, 10 test examples), clean labels"
+    expected = f"{sizes}, wrn-10-1, crop + flip + cutout, 2 epochs, 1 seed"
+    assert settings(subset=50, test_subset=10, seeds=1).title() == expected
+    noisy = settings(noise=0.4, noise_kind="asymmetric", augment="none")
+    expected = "cifar10, 40 % of the training labels subject to asymmetric noise, wrn-10-1, 2 epochs, 2 seeds"
+    assert noisy.title() == expected
+
+
 @pytest.mark.parametrize("spec", ["sgd", "sam:rho=0.05"])
 def test_a_member_is_the_training_done_alone(finished, spec):
     """The whole recipe, written out for one seed with torch's own optimizer, schedule and module."""

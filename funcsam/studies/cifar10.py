@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import logging
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -119,7 +118,6 @@ def _cached() -> Callable[[str], bytes]:
     cache = Path(pooch.os_cache("funcsam"))
     if (cache / FOLDER / META).is_file():
         return _found(cache)
-    pooch.get_logger().setLevel(logging.WARNING)
     try:
         path = pooch.retrieve(URL, known_hash=CHECKSUM, fname=ARCHIVE, path=cache)
     except Exception as error:  # whatever a network can do

@@ -211,7 +211,7 @@ class Comparison:
         content = report.results(self.described(), runs, final, compiled, sweeps) | {"examples": examples}
         report.write(self.out, content, self.settings.title(), runs, sweeps)
         out = Console()
-        out.print(report.table(final, self.settings.title()))
+        out.print(report.table(final, self.settings.title(), self.settings.noise > 0))
         for name, each in sweeps.items():
             out.print(report.sweep_table(each, name))
         out.print(

@@ -152,11 +152,17 @@ def _cell(figures: dict[str, Any], factor: float, digits: int) -> str:
     return f"{factor * figures['mean']:.{digits}f}{spread}"
 
 
-def table(final: dict[str, dict[str, Any]], title: str) -> Table:
-    """Returns the table that the command prints."""
+def table(final: dict[str, dict[str, Any]], title: str, noisy: bool = True) -> Table:
+    """Returns the table that the command prints; `noisy` says whether training labels are."""
     shown = Table(title=title, caption="mean ± standard error over the seeds", title_justify="left")
     shown.add_column("optimizer", no_wrap=True)
-    for heading in ("test error\n%, clean", "fit to noisy\nlabels, %", "sharpness", "ms per\nstep", "times\nSGD"):
+    for heading in (
+        "test error\n%, clean",
+        "fit to noisy\nlabels, %" if noisy else "fit to train\nlabels, %",
+        "sharpness",
+        "ms per\nstep",
+        "times\nSGD",
+    ):
         shown.add_column(heading, justify="right", no_wrap=True)
     if not any(name == "sgd" or name.startswith("sgd:") for name in final):
         shown.columns[-1].header = "times\nfirst"

@@ -44,10 +44,12 @@ class Settings(NamedTuple):
 
     def title(self) -> str:
         """Returns the comparison in one line."""
-        subset = f" ({self.subset:,} training examples)" if self.subset else ""
+        parts = ((self.subset, "training examples"), (self.test_subset, "test examples"))
+        sizes = ", ".join(f"{size:,} {what}" for size, what in parts if size)
+        subset = f" ({sizes})" if sizes else ""
         augmented = f", {self.augment.replace(',', ' + ')}" if self.augment != "none" else ""
         sweep = f", {self.hyper_sweep.partition('=')[0]} chosen on held-out noisy labels" if self.hyper_sweep else ""
-        length = f"{self.epochs} epochs, {self.seeds} seeds"
+        length = f"{self.epochs} epochs, {self.seeds} seed{'s' * (self.seeds > 1)}"
         return f"{self.data}{subset}, {self._labels()}, {self.network}{augmented}, {length}{sweep}"
 
     def _labels(self) -> str:
