@@ -57,8 +57,8 @@ def test_images_and_labels_are_those_of_the_files():
     assert found.y.bincount().tolist() == [10] * 10
     assert found.test_y.bincount().tolist() == [2] * 10
     record = pickle.loads((DATA / cifar10.FOLDER / "data_batch_2").read_bytes(), encoding="bytes")
-    pixel = record[b"data"][3, 1024 * 2 + 32 * 5 + 7]  # blue, row 5, column 7 of the fourth image
-    assert found.x[23, 2, 5, 7] == pixel
+    for channel in range(3):  # red, green, blue; row 5, column 7 of the fourth image
+        assert found.x[23, channel, 5, 7] == record[b"data"][3, 1024 * channel + 32 * 5 + 7]
     assert found.y[23] == record[b"labels"][3]
     assert found.copy != "official"
 
