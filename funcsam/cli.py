@@ -1,14 +1,21 @@
 """The `funcsam` command: bad input gets one line on stderr and exit code 2, never a traceback."""
 
 import importlib.util
+import os
 import sys
+import time
 from collections.abc import Sequence
 
 NEEDS = ("typer", "rich", "sklearn", "matplotlib", "numpy")
 BAD_INPUT = 2
+TURN = 10.0
+"""Seconds that a process of torchrun's waits before it complains, unless it is the first, which says the same: with the
+end of one process torchrun ends them all."""
 
 
 def _complain(text: str) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(TURN)
     print(" ".join(text.split()), file=sys.stderr)
     return BAD_INPUT
 
@@ -24,11 +31,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _complain(f'funcsam: {", ".join(missing)} must be installed, try: pip install "funcsam[compare]"')
     import typer
 
-    from funcsam.studies.app import app
+    from funcsam.studies import looking
     from funcsam.studies.errors import StudyError
 
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="funcsam", standalone_mode=False)
+        code = typer.main.get_command(looking.app).main(arguments, prog_name="funcsam", standalone_mode=False)
     except StudyError as error:
         return _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -37,7 +44,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         message = getattr(error, "format_message", None)  # a usage error, of click or of typer's copy of it
         if message is None:
             raise
-        return _complain(f"funcsam: {message()} Try: funcsam compare --help")
+        where = getattr(getattr(error, "ctx", None), "command_path", "funcsam")
+        return _complain(f"funcsam: {message()} Try: {where} --help")
     return code if isinstance(code, int) else 0
 
 

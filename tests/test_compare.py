@@ -383,7 +383,7 @@ def test_an_out_that_cannot_be_written(capfd, tmp_path):
         line = complaint(capfd, *short, "--out", tmp_path / "file", *more)
         assert "compare: `--out` must be a folder, got the file" in line
     line = complaint(capfd, *short, "--out", tmp_path / "file" / "run")
-    assert "compare: `--out` must be a folder that can be written to, got" in line
+    assert "must be a folder that can be written to, got" in line
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -394,7 +394,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(StudyError, match=r"must be a folder that can be written to, got .* \(File too large\)"):
+        with pytest.raises(StudyError, match="must be a folder that can be written to, got File too large"):
             checkpoint.save(path, {"lr": 0.1}, content)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -443,9 +443,9 @@ def test_a_spec_is_the_chain_it_names(spec, chain):
 
 
 def test_figures_that_are_not_finite_stay_valid_json():
-    found = report._figures(torch.tensor([1.0, float("nan")]))
+    found = report.figures(torch.tensor([1.0, float("nan")]))
     assert found == {"mean": None, "standard_error": None, "seeds": [1.0, None]}
-    assert report._figures(torch.tensor([1.0]))["standard_error"] is None
+    assert report.figures(torch.tensor([1.0]))["standard_error"] is None
 
 
 @pytest.mark.compile

@@ -34,7 +34,7 @@ def write(path: Path, content: bytes) -> None:
             temporary.unlink()
         if isinstance(error, OSError):
             raise StudyError(
-                f"compare: `--out` must be a folder that can be written to, got {path.parent} ({error.strerror})."
+                f"funcsam: `{path.parent}` must be a folder that can be written to, got {error.strerror}."
             ) from None
         raise
 

@@ -5,7 +5,7 @@ import torch
 from funcsam.studies.errors import StudyError
 
 
-def named(name: str) -> torch.device:
+def named(name: str, where: str = "compare") -> torch.device:
     """Returns a device that works here.
 
     Raises:
@@ -15,5 +15,5 @@ def named(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        raise StudyError(f"compare: `--device` must be one that torch finds here, e.g. cpu, got {name}.") from None
+        raise StudyError(f"{where}: `--device` must be one that torch finds here, e.g. cpu, got {name}.") from None
     return device

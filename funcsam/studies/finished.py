@@ -52,7 +52,7 @@ def load(folder: Path, data_dir: Path | None = None, device: str | None = None) 
     """
     results = _results(folder)
     settings = _settings(folder, results)._replace(data_dir=data_dir)
-    place = devices.named(device or settings.device)
+    place = devices.named(device or settings.device, "finished")
     given, _, _, found = problem.make(settings, place)
     if found.copy != settings.copy:
         raise StudyError(
