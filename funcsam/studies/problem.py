@@ -62,6 +62,16 @@ class Problem(NamedTuple):
         each = torch.tensor(values, device=self.noisy.device).repeat_interleave(len(self.seeds))
         return self._replace(noisy=noisy, held_noisy=held, seeds=list(self.seeds) * copies, hyper={name: each})
 
+    def of(self, members: Sequence[int]) -> "Problem":
+        """Returns the problem of some of the members."""
+        own = list(members)
+        return self._replace(
+            noisy=self.noisy[own],
+            held_noisy=self.held_noisy[own],
+            seeds=[self.seeds[k] for k in own],
+            hyper={name: values[own] for name, values in self.hyper.items()},
+        )
+
     def steps(self) -> int:
         """Returns the number of steps in an epoch; what does not fill a batch is left out."""
         return len(self.data.y) // self.batch_size
@@ -107,8 +117,7 @@ def make(settings: Settings, device: torch.device) -> tuple[Problem, Tensors, Te
         if len(kept) > JUDGED:
             special["judged"] = data.subset(given.y, JUDGED).to(device)
     if settings.network.startswith("wrn"):
-        away = device.type != "cpu"
-        special |= {"looped": True, "channels_last": settings.compile or away, "half": away}
+        special |= {"looped": True, "channels_last": True, "half": device.type != "cpu"}
     params, buffers = fs.ensemble.init(build, seeds)
     moved: dict[str, Any] = {
         name: part.to(device) for name, part in given._asdict().items() if isinstance(part, Tensor)
