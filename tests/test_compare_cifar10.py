@@ -232,6 +232,24 @@ def made(**more):
     return problem.make(settings(**more), torch.device("cpu"))
 
 
+def test_every_epoch_has_batches_and_augmentation_of_its_own():
+    given, params, buffers, _ = made()
+    seen = []
+
+    def step(hyper, params, buffers, state, x, y, index, numbers):
+        seen.append((index, numbers))
+        return params, buffers, state
+
+    run = training.start(lambda: fs.sgd(0.1), given, params, buffers)
+    for _ in range(2):
+        run = training.advance(run, step, given)
+    places = [(epoch, seed, k) for epoch in range(2) for seed in range(2) for k in range(5)]
+    assert len(seen) == len(places)
+    for (index, numbers), (epoch, seed, k) in zip(seen, places, strict=True):
+        assert torch.equal(index, data.order(100, 20, [seed], epoch)[k, 0])
+        assert torch.equal(numbers, augment.draw(5, 20, [seed], epoch)[k, 0])
+
+
 def test_one_after_the_other_is_all_at_once():
     """The loop over members is the vectorised ensemble, up to rounding."""
     given, params, buffers, _ = made(noise=0.4)
