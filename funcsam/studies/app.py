@@ -11,8 +11,10 @@ import torch
 import typer
 from rich.console import Console
 
+from funcsam.studies import ranks
 from funcsam.studies.comparison import Comparison
-from funcsam.studies.settings import resolve
+from funcsam.studies.ranks import Ranks
+from funcsam.studies.settings import Settings, resolve
 
 INTERRUPTED = 130
 
@@ -28,22 +30,23 @@ def funcsam() -> None:
     """Sharpness-aware training as pure functions."""
 
 
-def _option(*names: str, text: str) -> typer.models.OptionInfo:
-    option: typer.models.OptionInfo = typer.Option(*names, help=text, show_default=True)
-    return option
+def option(*names: str, text: str) -> typer.models.OptionInfo:
+    """An option whose default is shown as it is."""
+    made: typer.models.OptionInfo = typer.Option(*names, help=text, show_default=True)
+    return made
 
 
-def _usual(*names: str, text: str, default: str) -> typer.models.OptionInfo:
+def usual(*names: str, text: str, default: str) -> typer.models.OptionInfo:
     """An option whose default depends on the data."""
-    option: typer.models.OptionInfo = typer.Option(*names, help=text, show_default=default)
-    return option
+    made: typer.models.OptionInfo = typer.Option(*names, help=text, show_default=default)
+    return made
 
 
 @app.command()
 def compare(
     data: Annotated[
         str,
-        _option(
+        option(
             "--data",
             text="digits, breast-cancer or wine, shipped with scikit-learn; or cifar10, which is downloaded (170 MB). "
             "Where other options have two defaults, the second is that for cifar10.",
@@ -51,7 +54,7 @@ def compare(
     ] = "digits",
     data_dir: Annotated[
         Path | None,
-        _usual(
+        usual(
             "--data-dir",
             text="Folder of cifar-10-batches-py or cifar-10-python.tar.gz; nothing is downloaded then.",
             default="a cache of this user",
@@ -59,18 +62,18 @@ def compare(
     ] = None,
     subset: Annotated[
         int | None,
-        _usual(
+        usual(
             "--subset",
             text="Train on so many examples, as many of each class as can be; the same ones for every seed.",
             default="all",
         ),
     ] = None,
     test_subset: Annotated[
-        int | None, _usual("--test-subset", text="Test on so many examples, likewise.", default="all")
+        int | None, usual("--test-subset", text="Test on so many examples, likewise.", default="all")
     ] = None,
     noise: Annotated[
         float | None,
-        _usual(
+        usual(
             "--noise",
             text="Fraction of the training labels replaced. Test labels stay clean.",
             default="0.4 | 0",
@@ -78,7 +81,7 @@ def compare(
     ] = None,
     noise_kind: Annotated[
         str,
-        _option(
+        option(
             "--noise-kind",
             text="symmetric: by a class drawn uniformly from all classes (the right one among them). asymmetric: by "
             "the class that looks like it (of cifar10 truck to automobile, bird to airplane, deer to horse, cat to dog "
@@ -87,7 +90,7 @@ def compare(
     ] = "symmetric",
     network: Annotated[
         str | None,
-        _usual(
+        usual(
             "--network",
             text="mlp (which is mlp-128-128), cnn (which is cnn-16-32: convolutions with BatchNorm, for images), or "
             "widths of your own as in mlp-64-64. For colour images wrn-DEPTH-WIDTH, a Wide ResNet of depth 10, 16, 22, "
@@ -97,7 +100,7 @@ def compare(
     ] = None,
     augmentation: Annotated[
         str | None,
-        _usual(
+        usual(
             "--augment",
             text="What is done to training images: none, standard, or some of crop,flip,cutout.",
             default="none | standard",
@@ -129,17 +132,17 @@ def compare(
     ] = None,
     seeds: Annotated[
         int | None,
-        _usual(
+        usual(
             "--seeds",
             text="Networks per optimizer; seed k has its own start, noise, batches and augmentation. Small networks "
             "are trained at once, Wide ResNets one after the other.",
             default="8 | 3",
         ),
     ] = None,
-    epochs: Annotated[int | None, _usual("--epochs", text="Passes over the training set.", default="100 | 200")] = None,
+    epochs: Annotated[int | None, usual("--epochs", text="Passes over the training set.", default="100 | 200")] = None,
     batch_size: Annotated[
         int | None,
-        _usual(
+        usual(
             "--batch-size",
             text="Examples per step; what does not fill a batch at the end of an epoch is left out of it.",
             default="64 | 128",
@@ -147,7 +150,7 @@ def compare(
     ] = None,
     lr: Annotated[
         float | None,
-        _usual(
+        usual(
             "--lr",
             text="Learning rate on sgd; adam and adamw take their own, 1e-3 unless lr=... says otherwise.",
             default="0.1",
@@ -155,7 +158,7 @@ def compare(
     ] = None,
     schedule: Annotated[
         str | None,
-        _usual(
+        usual(
             "--schedule",
             text="What every learning rate follows: constant, step_decay (times 0.2 after 30, 60 and 80 %) or cosine.",
             default="cosine | step_decay",
@@ -163,7 +166,7 @@ def compare(
     ] = None,
     weight_decay: Annotated[
         float | None,
-        _usual(
+        usual(
             "--weight-decay",
             text="Weight decay on sgd, outside the ascent; adam and adamw take their own.",
             default="0 | 5e-4",
@@ -171,7 +174,7 @@ def compare(
     ] = None,
     label_smoothing: Annotated[
         float | None,
-        _usual(
+        usual(
             "--label-smoothing",
             text="Share of the target that is spread evenly over all classes, in training.",
             default="0 | 0.1",
@@ -179,7 +182,7 @@ def compare(
     ] = None,
     device: Annotated[
         str,
-        _option(
+        option(
             "--device",
             text="Where to train, e.g. cpu or cuda. Small networks take one CPU thread and Wide ResNets all, unless "
             "OMP_NUM_THREADS is set. On a GPU Wide ResNets train under bfloat16 autocast.",
@@ -191,7 +194,7 @@ def compare(
     ] = True,
     out: Annotated[
         Path,
-        _option(
+        option(
             "--out",
             text="Folder for results.json, comparison.png and checkpoints. A finished run in it may be repeated with "
             "the same settings (the figures will be the same); an unfinished one, or one of other settings, is never "
@@ -204,9 +207,9 @@ def compare(
 ) -> None:
     """Trains the same networks with several optimizers on real data, often with noisy labels, and shows the difference.
 
-    The same seed has the same start, noise, batches and augmentation under every optimizer.
+    The same seed has the same start, noise, batches and augmentation under every optimizer. Processes that torchrun
+    starts share the seeds.
     """
-    console = Console(stderr=True, highlight=False)
     settings = resolve(
         data,
         noise=noise,
@@ -230,8 +233,15 @@ def compare(
     )
     if "OMP_NUM_THREADS" not in os.environ and not settings.network.startswith("wrn"):
         torch.set_num_threads(1)  # the networks are small: more threads would mostly wait for each other
-    comparison = Comparison(settings, out, resume, console)
-    restore = _stop_on_signals()
+    with ranks.together(settings.device, settings.seeds) as team:
+        _run(settings, out, resume, team)
+
+
+def _run(settings: Settings, out: Path, resume: bool, team: Ranks) -> None:
+    console = Console(stderr=True, highlight=False, quiet=not team.first)
+    comparison = team.in_turn(lambda: Comparison(settings, out, resume, console, team))
+    comparison.share_out()
+    restore = _stop_on_signals(comparison)
     try:
         comparison.train()
     except KeyboardInterrupt:
@@ -248,11 +258,11 @@ def compare(
     comparison.report()
 
 
-def _stop_on_signals() -> Callable[[], None]:
+def _stop_on_signals(comparison: Comparison) -> Callable[[], None]:
     """Lets SIGTERM stop a run as Ctrl-C does, until the returned function is called."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        comparison.stop()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 

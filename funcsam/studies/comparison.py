@@ -2,19 +2,24 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import optree
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from funcsam.studies import checkpoint, devices, judging, optimizers, problem, report, training
+from funcsam.studies import checkpoint, judging, optimizers, problem, report, training
 from funcsam.studies.bars import Bars
 from funcsam.studies.errors import StudyError
 from funcsam.studies.problem import Problem
+from funcsam.studies.ranks import Ranks
 from funcsam.studies.settings import Settings
 from funcsam.studies.training import Make, Run, Step
+
+T = TypeVar("T")
 
 SAVE_EVERY = 10.0
 """Seconds between checkpoints, at least."""
@@ -42,14 +47,15 @@ class Comparison:
         out: Folder of the checkpoints and of what is reported.
         resume: Whether to go on from the checkpoints in it.
         console: Where to say what happens.
+        ranks: The processes that share the seeds; see `share_out`.
 
     Raises:
         StudyError: If the settings make no sense, or the folder holds a run that would be lost.
     """
 
-    def __init__(self, settings: Settings, out: Path, resume: bool, console: Console) -> None:
-        self.out, self.console = out, console
-        self.device = devices.named(settings.device)
+    def __init__(self, settings: Settings, out: Path, resume: bool, console: Console, ranks: Ranks) -> None:
+        self.out, self.console, self.ranks = out, console, ranks
+        self.device, self.stopping = ranks.device, False
         self.swept, self.values = optimizers.sweep(settings.hyper_sweep) if settings.hyper_sweep else ("", ())
         given, params, buffers, self.settings = problem.make(settings, self.device)
         self.entrants = {spec: self._entrant(spec, given) for spec in settings.optimizers}
@@ -65,13 +71,44 @@ class Comparison:
             self.runs[spec] = training.start(entrant.make, entrant.problem, *stacked)
         self.compiled = dict.fromkeys(self.runs, False)
         self._saved = dict.fromkeys(self.runs, 0)
-        if out.exists() and not out.is_dir():
-            raise StudyError(f"compare: `--out` must be a folder, got the file {out}.")
+        if ranks.first:
+            self._open(resume)
+
+    def _open(self, resume: bool) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise StudyError(f"compare: `--out` must be a folder, got the file {self.out}.")
         if resume:
             self._restore()
         else:
             self._refuse_to_lose()
-        checkpoint.probe(out)
+        checkpoint.probe(self.out)
+
+    def share_out(self) -> None:
+        """Leaves this process its own seeds, where several share them.
+
+        Nothing is sent within an epoch, and no figure depends on how many processes there are.
+        """
+        if self.ranks.size == 1:
+            return
+        runs, self.compiled, self._saved = self.ranks.of_first((self.runs, self.compiled, self._saved))
+        for spec, entrant in self.entrants.items():
+            own = self._members(spec, self.ranks.rank)
+            self.entrants[spec] = entrant._replace(problem=entrant.problem.of(own))
+            self.runs[spec] = runs[spec].of(own)._replace(seconds=runs[spec].seconds).on(self.device)
+
+    def _members(self, spec: str, rank: int) -> list[int]:
+        return self.ranks.share(self.settings.seeds, len(self.entrants[spec].values) or 1, rank)
+
+    def _gathered(self, spec: str, own: T, join: Callable[[list[T], Tensor], T]) -> T:
+        """Makes of what each process has of its members that of all; processes but the first get their own back."""
+        parts = self.ranks.gathered(own)
+        if len(parts) < 2:
+            return own
+        members = [k for rank in range(self.ranks.size) for k in self._members(spec, rank)]
+        return join(parts, torch.tensor(members).argsort())
+
+    def _whole(self, spec: str) -> Run:
+        return self._gathered(spec, self.runs[spec], training.joined)
 
     def _entrant(self, spec: str, given: Problem) -> Entrant:
         settings, total = self.settings, self.settings.epochs * given.steps()
@@ -125,22 +162,27 @@ class Comparison:
                     f"checkpoint: `{path}` must hold the state of {spec}, got that of another funcsam. "
                     "Delete the file to train that optimizer from the start."
                 )
-            moved = {
-                name: optree.tree_map(lambda leaf: leaf.to(self.device), run[name])
-                for name in ("params", "buffers", "state")
-            }
-            self.runs[spec] = Run(**{**run, **moved})
+            self.runs[spec] = Run(**run).on(self.device)
             self.compiled[spec] = content["compiled"]
             self._saved[spec] = run["epoch"]
 
     def save(self) -> None:
         """Writes the checkpoints of the optimizers that went on since the last call."""
-        for spec, run in self.runs.items():
-            if run.epoch > self._saved[spec]:
+        for spec in self.runs:
+            if self.runs[spec].epoch == self._saved[spec]:
+                continue
+            run = self._whole(spec)
+            if self.ranks.first:
                 settings = {**self.settings.common(), "optimizer": spec}
                 content = {"epoch": run.epoch, "compiled": self.compiled[spec], "run": run._asdict()}
                 checkpoint.save(self._path(spec), settings, content)
-                self._saved[spec] = run.epoch
+            self._saved[spec] = run.epoch
+
+    def stop(self) -> None:
+        """Stops the training: at once, or where there are several processes when all of them are through an epoch."""
+        if self.ranks.size == 1:
+            raise KeyboardInterrupt
+        self.stopping = True
 
     def epochs_done(self) -> int:
         """Returns the number of epochs that every optimizer has done."""
@@ -186,18 +228,22 @@ class Comparison:
                         continue
                     self.runs[spec] = training.advance(self.runs[spec], steps[spec], self.entrants[spec].problem)
                     bars.show(spec, self.runs[spec])
-                    if time.monotonic() - saved >= SAVE_EVERY:
+                    save, stop = self.ranks.agree(time.monotonic() - saved >= SAVE_EVERY, self.stopping)
+                    if stop:
+                        raise KeyboardInterrupt
+                    if save:
                         self.save()
                         saved = time.monotonic()
         self.save()
 
     def report(self) -> None:
-        """Writes the files and prints the table."""
+        """Writes the files and prints the table, on the first process."""
+        whole = {spec: (self._whole(spec), self._sharpness(spec)) for spec in self.entrants}
+        if not self.ranks.first:
+            return
         runs, sharp, sweeps = {}, {}, {}
-        for spec, (_, given, values) in self.entrants.items():
-            run = self.runs[spec]
-            rise = judging.sharpness(run.params, run.buffers, given).cpu()
-            name, members = spec, slice(None)
+        for spec, (run, rise) in whole.items():
+            name, members, values = spec, slice(None), self.entrants[spec].values
             if values:
                 best = report.best(run, len(values))
                 name = optimizers.with_option(spec, self.swept, values[best])
@@ -208,7 +254,8 @@ class Comparison:
         final = report.summary(runs, sharp)
         compiled = dict(zip(runs, self.compiled.values(), strict=True))
         examples = self._examples()
-        content = report.results(self.described(), runs, final, compiled, sweeps) | {"examples": examples}
+        content = report.results(self.described(), runs, final, compiled, sweeps, self.ranks.size)
+        content |= {"examples": examples}
         report.write(self.out, content, self.settings.title(), runs, sweeps)
         out = Console()
         out.print(report.table(final, self.settings.title(), self.settings.noise > 0))
@@ -223,6 +270,11 @@ class Comparison:
             soft_wrap=True,
             highlight=False,
         )
+
+    def _sharpness(self, spec: str) -> Tensor:
+        run = self.runs[spec]
+        rise = judging.sharpness(run.params, run.buffers, self.entrants[spec].problem).cpu()
+        return self._gathered(spec, rise, lambda parts, order: torch.cat(parts)[order])
 
     def _examples(self) -> dict[str, int]:
         """Counts the examples that are trained on, of these those that loss, fit and sharpness are measured on, ..."""

@@ -36,12 +36,13 @@ DEFINITIONS = {
     "held_out_error": "fraction of the noisy labels held out of the training set that are not predicted, after the "
     "last epoch; what a sweep chooses by",
     "seconds_per_step": "median over the steps of an epoch (on an accelerator the mean, as nothing waits inside an "
-    "epoch), all seeds together (of a sweep their share); compilation and measuring are not among them",
+    "epoch), all seeds together (of a sweep their share); compilation and measuring are not among them. Where several "
+    "processes (machine.ranks) share the seeds, that of the slowest for the seeds of its own",
     "ratio": "median seconds per step over that of sgd, or of the first optimizer where there is no sgd",
 }
 
 
-def _figures(values: Tensor) -> dict[str, Any]:
+def figures(values: Tensor) -> dict[str, Any]:
     """Lists mean, standard error (none for one seed) and the seeds themselves."""
     error = values.std() / math.sqrt(len(values)) if len(values) > 1 else None
     return {
@@ -64,9 +65,9 @@ def summary(runs: dict[str, Run], sharpness: dict[str, Tensor]) -> dict[str, dic
     base = next((name for name in runs if name == "sgd" or name.startswith("sgd:")), next(iter(runs)))
     return {
         name: {
-            "test_error": _figures(run.test_error[-1]),
-            "noisy_fit": _figures(run.noisy_fit[-1]),
-            "sharpness": _figures(sharpness[name]),
+            "test_error": figures(run.test_error[-1]),
+            "noisy_fit": figures(run.noisy_fit[-1]),
+            "sharpness": figures(sharpness[name]),
             "seconds_per_step": seconds[name],
             "ratio": seconds[name] / seconds[base],
         }
@@ -74,7 +75,8 @@ def summary(runs: dict[str, Run], sharpness: dict[str, Tensor]) -> dict[str, dic
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Returns what computes here."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "platform": platform.platform(),
@@ -85,7 +87,8 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Returns the versions of what the figures depend on."""
     others = {name: metadata.version(name) for name in ("optree", "numpy", "scikit-learn")}
     return {"funcsam": fs.__version__, "torch": torch.__version__, "python": platform.python_version()} | others
 
@@ -96,8 +99,9 @@ def results(
     final: dict[str, Any],
     compiled: dict[str, bool],
     sweeps: dict[str, dict[str, Any]],
+    ranks: int = 1,
 ) -> dict[str, Any]:
-    """Returns everything that `results.json` holds."""
+    """Returns everything that `results.json` holds; `ranks` processes finished the run."""
     epochs = {
         name: {
             "train_loss": _finite(run.loss),
@@ -110,8 +114,8 @@ def results(
     return {
         "settings": settings,
         "compiled": compiled,
-        "versions": _versions(),
-        "machine": _machine(),
+        "versions": versions(),
+        "machine": {**machine(), "ranks": ranks},
         "definitions": DEFINITIONS,
         "final": final,
         "sweeps": sweeps,
@@ -131,8 +135,8 @@ def sweep(run: Run, name: str, values: Sequence[float]) -> dict[str, Any]:
         "option": name,
         "values": list(values),
         "chosen": values[best(run, len(values))],
-        "held_out_error": [_figures(row) for row in held],
-        "test_error": [_figures(row) for row in test],
+        "held_out_error": [figures(row) for row in held],
+        "test_error": [figures(row) for row in test],
     }
 
 
@@ -144,7 +148,8 @@ def write(
     checkpoint.write(out / "results.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _cell(figures: dict[str, Any], factor: float, digits: int) -> str:
+def cell(figures: dict[str, Any], factor: float, digits: int) -> str:
+    """Writes mean and standard error for a table."""
     if figures["mean"] is None:
         return "not finite"
     error = figures["standard_error"]
@@ -169,9 +174,9 @@ def table(final: dict[str, dict[str, Any]], title: str, noisy: bool = True) -> T
     for name, row in final.items():
         shown.add_row(
             name,
-            _cell(row["test_error"], 100, 1),
-            _cell(row["noisy_fit"], 100, 1),
-            _cell(row["sharpness"], 1, 4),
+            cell(row["test_error"], 100, 1),
+            cell(row["noisy_fit"], 100, 1),
+            cell(row["sharpness"], 1, 4),
             f"{1000 * row['seconds_per_step']:.2f}",
             f"{row['ratio']:.2f}",
         )
@@ -186,7 +191,7 @@ def sweep_table(sweep: dict[str, Any], name: str) -> Table:
         shown.add_column(heading, justify="right", no_wrap=True)
     for value, held, test in zip(sweep["values"], sweep["held_out_error"], sweep["test_error"], strict=True):
         mark = " (chosen)" if value == sweep["chosen"] else ""
-        shown.add_row(f"{value:g}{mark}", _cell(held, 100, 1), _cell(test, 100, 1))
+        shown.add_row(f"{value:g}{mark}", cell(held, 100, 1), cell(test, 100, 1))
     return shown
 
 

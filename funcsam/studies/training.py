@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -18,6 +18,10 @@ from funcsam.studies.problem import Problem, Tensors
 Make = Callable[..., fs.Transform]
 """Makes a chain from the hyperparameters that differ between the members; from nothing, where none do."""
 Step = Callable[..., tuple[Any, Any, Any]]
+TRAINED = ("params", "buffers", "state")
+"""Fields of a run that are trees with an entry for every member."""
+FIGURES = ("loss", "test_error", "noisy_fit", "held_error")
+"""Fields of a run that have a column for every member."""
 
 
 class Run(NamedTuple):
@@ -46,15 +50,38 @@ class Run(NamedTuple):
     held_error: Tensor
     seconds: Tensor
 
-    def of(self, members: slice) -> "Run":
+    def of(self, members: slice | list[int]) -> "Run":
         """Returns the run of some of the members, with their share of the time."""
         whole = self._asdict()
-        changed: dict[str, Any] = {
-            name: optree.tree_map(lambda leaf: leaf[members], whole[name]) for name in ("params", "buffers", "state")
-        }
-        changed |= {name: whole[name][:, members] for name in ("loss", "test_error", "noisy_fit", "held_error")}
+        changed: dict[str, Any] = {name: optree.tree_map(lambda leaf: leaf[members], whole[name]) for name in TRAINED}
+        changed |= {name: whole[name][:, members] for name in FIGURES}
         share = changed["loss"].shape[1] / self.loss.shape[1]
         return self._replace(**changed, seconds=share * self.seconds)
+
+    def on(self, device: torch.device) -> "Run":
+        """Returns the run with what is trained on a device; the figures stay on the CPU."""
+        whole = self._asdict()
+        moved: dict[str, Any] = {name: optree.tree_map(lambda leaf: leaf.to(device), whole[name]) for name in TRAINED}
+        return self._replace(**moved)
+
+
+def joined(runs: Sequence[Run], order: Tensor) -> Run:
+    """Puts the parts of a run together that several processes have trained side by side.
+
+    Args:
+        runs: The parts, on one device.
+        order: For every member of the whole, its place among those of all parts, one part after the other.
+
+    Returns:
+        The whole, with the time of the slowest part.
+    """
+    parts = [run._asdict() for run in runs]
+    whole: dict[str, Any] = {
+        name: optree.tree_map(lambda *leaves: torch.cat(leaves)[order], *(part[name] for part in parts))
+        for name in TRAINED
+    }
+    whole |= {name: torch.cat([part[name] for part in parts], 1)[:, order] for name in FIGURES}
+    return runs[0]._replace(**whole, seconds=torch.stack([run.seconds for run in runs]).amax(0))
 
 
 def start(make: Make, problem: Problem, params: Tensors, buffers: Tensors) -> Run:
