@@ -582,6 +582,7 @@ PLANE = ("tests/test_landscape.py",)
 PICTURES = ("tests/test_pictures.py",)
 IMAGES = ("tests/test_augment.py", "tests/test_cifar10.py")
 COMPARE = ("tests/test_compare_cifar10.py",)
+RANKS = ("tests/test_ranks.py",)
 
 MUTATIONS += [
     Mutation(
@@ -767,6 +768,26 @@ MUTATIONS += [
         "run.epoch < 0",
         ("tests/test_finished.py",),
     ),
+    Mutation(
+        "ranks: members stay in the order of the processes",
+        "studies/comparison.py",
+        "torch.tensor(members).argsort()",
+        "torch.arange(len(members))",
+        RANKS,
+    ),
+    Mutation("ranks: all report", "studies/comparison.py", "if not self.ranks.first:", "if False:", RANKS),
+    Mutation("ranks: all show bars", "studies/app.py", "quiet=not team.first", "quiet=False", RANKS),
+    Mutation("ranks: all must hear a signal", "studies/ranks.py", "ReduceOp.MAX", "ReduceOp.MIN", RANKS),
+    Mutation("ranks: the time of the quickest", "studies/training.py", ".amax(0)", ".amin(0)", RANKS),
+    Mutation(
+        "ranks: labels of the first seeds", "studies/problem.py", "self.noisy[own]", "self.noisy[: len(own)]", RANKS
+    ),
+    Mutation(
+        "ranks: batches of the first seeds", "studies/problem.py", "self.seeds[k] for k", "self.seeds[0] for k", RANKS
+    ),
+    Mutation("ranks: first swept values", "studies/problem.py", "values[own] for", "values[: len(own)] for", RANKS),
+    Mutation("ranks: more than seeds", "studies/ranks.py", "if seeds < count", "if seeds < 1", RANKS),
+    Mutation("ranks: all complain", "cli.py", "time.sleep(TURN)", "time.sleep(0)", RANKS),
 ]
 
 
