@@ -243,4 +243,4 @@ def test_a_process_that_is_gone():
         ),
         ranks._all_there(),
     ):
-        raise RuntimeError("Connection closed")
+        raise RuntimeError("[gloo/pair.cc:553] Connection closed")

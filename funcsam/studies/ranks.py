@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -145,7 +146,7 @@ def _all_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:80]
+        reason = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split()))[:80]  # gloo begins with a place in its source
         raise StudyError(
             f"compare: every process must go on to the end, got one that did not ({reason}). "
             "The same command with --resume goes on from the last checkpoints."
