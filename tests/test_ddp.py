@@ -7,7 +7,6 @@ from tests.asserts import close, equal
 from tests.distributed.ddp import data, loss, network
 from tests.distributed.launch import torchrun
 
-
 pytestmark = pytest.mark.xdist_group("ddp")  # one launch serves all
 
 

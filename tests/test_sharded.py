@@ -9,7 +9,6 @@ from tests.distributed.launch import torchrun
 from tests.distributed.reduce import data, smooth
 from tests.distributed.sharded import ENTRIES, FRONT, batch, front, loss, params, train
 
-
 pytestmark = pytest.mark.xdist_group("sharded")  # one launch serves all
 
 
