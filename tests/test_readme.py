@@ -67,6 +67,17 @@ def test_the_results_are_those_of_the_committed_run():
     assert f"{run['settings']['seeds']} seeds" in between("results")
 
 
+def test_the_runs_on_cifar10_are_the_committed_ones():
+    """Both tables of two regimes are what the committed results say; so is what the data were."""
+    for name in ("augmented", "memorised"):
+        run = json.loads((ROOT / "notebooks" / f"cifar10-{name}.json").read_text())
+        assert run["settings"]["copy"] != "official"
+        assert "a JPEG copy" in between("cifar10")
+        for optimizer, final in run["final"].items():
+            cells = [f"{100 * final[key]['mean']:.1f} ± {100 * final[key]['standard_error']:.1f}" for key in PERCENT]
+            assert f"| {name} | `{optimizer}` | {' | '.join(cells)} | {final['ratio']:.2f} |" in between("cifar10")
+
+
 BENCHMARKS = [("steps", "benchmark"), ("ensembles", "ensembles"), ("communication", "communication")]
 
 
