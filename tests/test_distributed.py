@@ -7,7 +7,20 @@ import funcsam as fs
 from funcsam.distributed import all_reduce_mean, broadcast
 from tests.asserts import close, equal
 from tests.distributed.launch import torchrun
-from tests.distributed.reduce import EXAMPLES, PLACES, SHARES, data, mean_loss, network, run, sgd, smooth, train
+from tests.distributed.reduce import (
+    EXAMPLES,
+    PLACES,
+    SHARES,
+    data,
+    images,
+    mean_loss,
+    network,
+    run,
+    sgd,
+    smooth,
+    train,
+    wide,
+)
 
 DIMS = (None, 0, 0)
 
@@ -35,6 +48,13 @@ def test_after_sam_it_is_m_sharpness(ranks):
     """`chain(sam(rho), all_reduce_mean(), sgd(lr))` is `chain(microbatch(sam(rho), ranks), sgd(lr))`."""
     close(ranks[0]["own"], train(sliced(len(ranks)), smooth(), data()), rtol=1e-12)
     assert (ranks[0]["own"][0]["0.weight"] - ranks[0]["common"][0]["0.weight"]).abs().max() > 1e-6
+
+
+def test_a_reduced_wide_resnet(ranks):
+    """Params, averaged running statistics and losses are those of one process that takes an ascent per slice."""
+    close(ranks[0]["wide"], train(sliced(len(ranks)), wide(), images()), rtol=1e-12)
+    for other in ranks[1:]:
+        equal(other["wide"], ranks[0]["wide"])
 
 
 def test_states_upstream_are_averaged(ranks):

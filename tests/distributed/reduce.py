@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import funcsam as fs
 from funcsam.distributed import all_reduce_mean, broadcast, mean, shard
+from funcsam.studies.networks import wide_resnet
 
 EXAMPLES = 8
 SHARES = ((3, 4, 1, 0), (5, 3, 0, 0))
@@ -35,6 +36,19 @@ def data():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, EXAMPLES, 4, generator=generator, dtype=torch.float64)
     return list(zip(x, torch.randint(3, (3, EXAMPLES), generator=generator), strict=True))
+
+
+def wide():
+    """A reduced Wide ResNet."""
+    torch.manual_seed(0)
+    return wide_resnet(10, 1).double()
+
+
+def images():
+    """Two batches of eight small images."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, EXAMPLES, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return list(zip(x, torch.randint(10, (2, EXAMPLES), generator=generator), strict=True))
 
 
 def train(tx, model, batches, **options):
@@ -128,6 +142,8 @@ def main():
     }
     for rule in ("mean", "first", "local"):
         found[rule] = train(fs.chain(fs.sam(0.2), all_reduce_mean(aux=rule), sgd()), network(), own)
+    mine = [(x[rank * size : (rank + 1) * size], y[rank * size : (rank + 1) * size]) for x, y in images()]
+    found["wide"] = train(placed("after"), wide(), mine)
     for shares in SHARES:
         found[f"uneven {shares}"] = uneven(shares[:world])
     for place in PLACES:
