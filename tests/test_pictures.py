@@ -46,6 +46,16 @@ def landscape(losses=None, **other):
 # What is evaluated
 
 
+def test_a_long_title_is_not_cut_off():
+    """It goes on in a second line, narrow enough for its picture; so does a caption."""
+    long = landscape(title="cifar10 (500 training examples, 2,000 test examples), " * 3)
+    for width in (7, 11):
+        figure = pictures._figure(long, "loss on 200 training examples, " * 6, width, 4)
+        for text, letters in ((figure.get_suptitle(), 12), (figure.get_supxlabel(), 14)):
+            assert len(text.splitlines()) > 1
+            assert max(map(len, text.splitlines())) <= letters * width
+
+
 def test_the_middle_and_the_ends_are_the_solutions():
     net, solutions, x, y, _ = problem(norm=False)
     found = survey.around(net, solutions, x, y, "title", points=5, radius=0.5)
@@ -83,6 +93,7 @@ def test_statistics_are_those_of_the_examples():
     for name in ("losses", "line", "errors"):
         assert torch.equal(getattr(found, name), getattr(other, name))
     assert "batch-norm statistics" in found.caption
+    assert "errors on 16 test examples" in found.caption
     params, buffers = solutions["sgd"]
     inside = F.linear(x, params["0.weight"], params["0.bias"])
     fitting = {**buffers, "1.running_mean": inside.mean(0), "1.running_var": inside.var(0)}

@@ -3,6 +3,7 @@
 import html
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,8 +72,8 @@ def _png(figure: Figure) -> bytes:
 
 def _figure(landscape: Landscape, caption: str, width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    figure.suptitle(landscape.title, fontsize=10)
-    figure.supxlabel(caption, fontsize=8)
+    figure.suptitle(textwrap.fill(landscape.title, int(12 * width)), fontsize=10)
+    figure.supxlabel("\n".join(textwrap.fill(line, int(14 * width)) for line in caption.splitlines()), fontsize=8)
     return figure
 
 

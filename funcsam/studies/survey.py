@@ -147,6 +147,7 @@ def around(
         errors = fs.landscape.line(wrong, first, second, ts, buffers, x, y, *test, **how) if test else None
     losses = torch.stack(grids).cpu().double()
     caption = f"loss on {len(x)} training examples" + (f", {STATISTICS}" if normalised else "")
+    caption += f"; on the line also errors on {len(test[0])} test examples" if test else ""
     names = tuple(solutions)
     return Landscape(
         (names[0], names[1]),
