@@ -508,6 +508,7 @@ RANKS = ("tests/test_distributed.py",)
 FAULTS = ("tests/test_faults.py",)
 SHARDED = ("tests/test_sharded.py",)
 RESUME = ("tests/test_resume.py",)
+FRONT_END = ("tests/test_torch_optim.py",)
 FINITE = ("tests/test_finite.py",)
 
 MUTATIONS += [
@@ -558,7 +559,7 @@ MUTATIONS += [
         "torch_optim/two_step.py",
         "lambda base: _share(me())",
         "lambda base: None",
-        RESUME,
+        FRONT_END,
     ),
     Mutation("a skipped step moves the state", "finite.py", "torch.where(finite, new, old)", "new", FINITE),
     Mutation(

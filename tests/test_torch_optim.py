@@ -686,3 +686,24 @@ def test_two_first_steps_in_a_row_are_refused():
     optimizer.first_step()
     with pytest.raises(RuntimeError, match="first_step: must be followed by `second_step`, got another"):
         optimizer.first_step()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_base_optimizer_that_is_loaded_by_itself_stays_the_same_one(copied):
+    """As `torch.distributed.checkpoint` does it: learning rates that are set afterwards still reach the descent."""
+    w = nn.Parameter(torch.tensor(1.0))
+    optimizer = SAM([w], torch.optim.SGD, rho=0.0, lr=0.1, momentum=0.9)
+    if copied:
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+    (w,) = optimizer.param_groups[0]["params"]
+    optimizer.base_optimizer.load_state_dict(optimizer.base_optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.25
+
+    def closure():
+        value = w**2
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert w.item() == 0.5
+    assert optimizer.state is optimizer.base_optimizer.state
