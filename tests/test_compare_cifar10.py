@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcsam as fs
 from funcsam import cli
@@ -277,6 +278,40 @@ def test_precision_and_layout_change_rounding_only(change):
     assert all(leaf.is_contiguous() for leaf in other.params.values())
     assert not torch.equal(plain.loss, other.loss)
     torch.testing.assert_close(plain.loss, other.loss, rtol=0.02, atol=0)
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations for which a program must wait for its accelerator: those that give Python a value or a size."""
+
+    NAMES = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "repeat_interleave.Tensor")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.").removesuffix(".default")
+        by_mask = name == "index.Tensor" and any(each is not None and each.dtype == torch.bool for each in args[1])
+        if name in self.NAMES or by_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", ["sgd", "sam:rho=0.05", "asam:rho=0.5"])
+def test_nothing_inside_an_epoch_waits_for_the_device(spec):
+    """Augmentation, both passes under autocast, the schedule and the update only hand work over."""
+    given, params, buffers, _ = made(seeds=1)
+    given = given._replace(half=True)
+    make = optimizers.parse(spec, 0.1, "step_decay", 10, None, 5e-4).make
+    (part,) = training._parts(training.start(make, given, params, buffers), given, 0, 2)
+    step, carry = training.stepper(make, given), part.carry
+    with Waits() as waits:
+        for index, numbers in zip(part.batches, part.numbers, strict=True):
+            carry = step(part.hyper, *carry, given.data.x, part.labels, index, numbers)
+    assert waits.seen == []
+    with Waits() as waits:  # the test can see what it looks for
+        torch.ones(2)[torch.ones(2) > 0].sum().item()
+    assert waits.seen == ["index.Tensor", "_local_scalar_dense"]
 
 
 def test_measuring_in_batches_changes_nothing(monkeypatch):
