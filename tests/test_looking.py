@@ -67,8 +67,11 @@ def test_what_is_measured_is_what_the_measures_say(wine, capsys):
 
 
 def test_measures_of_images(images):
-    assert run("measure", images, *QUICK, "--data-dir", DATA) == 0
+    """On all of them, where there are fewer than are asked for."""
+    assert run("measure", images, *QUICK, "--examples", 500, "--data-dir", DATA) == 0
     written = json.loads((images / "measures.json").read_text())
+    assert written["examples"] == 60
+    assert "m-sharpness, rho 0.3, m 15" in written["measures"]
     assert all(
         each["mean"] is not None and each["standard_error"] is None
         for row in written["measures"].values()

@@ -171,7 +171,7 @@ class Comparison:
         for spec in self.runs:
             if self.runs[spec].epoch == self._saved[spec]:
                 continue
-            run = self._whole(spec)
+            run = self._whole(spec).on(torch.device("cpu"))
             if self.ranks.first:
                 settings = {**self.settings.common(), "optimizer": spec}
                 content = {"epoch": run.epoch, "compiled": self.compiled[spec], "run": run._asdict()}

@@ -50,9 +50,9 @@ class Options(NamedTuple):
                     raise StudyError(f"measure: `--{name}` must be finite and positive, got {value}.")
 
 
-def measures(options: Options) -> dict[str, Measure]:
-    """Returns every measure by its name, a function of `(loss_fn, params, *batch)`."""
-    steps, m = options.steps, max(options.examples // 4, 1)
+def measures(options: Options, count: int) -> dict[str, Measure]:
+    """Returns every measure of `count` examples by its name, a function of `(loss_fn, params, *batch)`."""
+    steps, m = options.steps, max(count // 4, 1)
     middle = options.radii[len(options.radii) // 2]
     found: dict[str, Measure] = {
         "loss": lambda loss_fn, *args: loss_fn(*args),
@@ -91,7 +91,7 @@ def chosen(problem: Problem, count: int) -> tuple[Tensor, Tensor]:
 
 def work(found: Finished, options: Options) -> int:
     """Returns how many values `values` computes, for a progress bar."""
-    return len(measures(options)) * len(found.models) * len(found.problem.seeds)
+    return len(measures(options, 1)) * len(found.models) * len(found.problem.seeds)
 
 
 def values(found: Finished, options: Options, progress: Callable[[int], Any]) -> dict[str, dict[str, Tensor]]:
@@ -106,7 +106,7 @@ def values(found: Finished, options: Options, progress: Callable[[int], Any]) ->
     options.check()
     x, y = chosen(found.problem, options.examples)
     rows: dict[str, dict[str, Tensor]] = {}
-    for name, measure in measures(options).items():
+    for name, measure in measures(options, len(x)).items():
         rows[name] = {}
         for spec, models in found.models.items():
             each = []
