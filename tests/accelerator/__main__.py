@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python -m tests.accelerator compare --device standin --no-compile --out /tmp/run ...
 
-What stays behind on the CPU is refused, in training, evaluation, checkpoints and pictures alike. It needs g++ and takes
-half a minute to build, and is no part of the tests. Second derivatives of convolutions (`measure` of a Wide ResNet)
-hang on it, why is not known.
+What stays behind on the CPU is refused, in training, evaluation, checkpoints and pictures alike. It needs g++ and
+ninja, takes half a minute to build, and is no part of the tests. Second derivatives of convolutions (`measure` of a
+Wide ResNet) hang on it, why is not known.
 """
 
 import sys
@@ -16,5 +16,5 @@ from tests import accelerator
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        accelerator.register(accelerator.build(Path(folder)))
+        accelerator.register(Path(folder))
         sys.exit(cli.run(sys.argv[1:]))
