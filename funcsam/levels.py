@@ -1,10 +1,12 @@
-"""Which `torch.func` levels (`grad`, `vmap`, ...) the code runs under, and whether it is being compiled."""
+"""Which `torch.func` levels (`grad`, `vmap`, ...) and modes the code runs under, and whether it is being compiled."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 
 def eager() -> bool:
@@ -52,3 +54,14 @@ def differentiates_vmap() -> bool:
         return False
     kinds = [_differentiates(level) for level in _levels()]
     return True in kinds and False in kinds[kinds.index(True) :]
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Computes parametrised weights anew; inside `parametrize.cached()` they may have been computed from other params."""
+    before = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = before

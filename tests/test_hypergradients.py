@@ -121,7 +121,6 @@ def test_what_torch_gets_wrong_is_refused(name):
         torch.func.grad(outcome)(torch.tensor(0.1, dtype=torch.float64))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch.func.jvp, on its first call
 def test_forward_and_backward_agree():
     """`jacfwd` of the params after three steps is `jacrev`."""
     make, numbers = CHAINS["sam, sgd"]

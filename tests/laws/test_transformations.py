@@ -82,7 +82,6 @@ def test_differentiable_in_hyperparameters(entry, problem):
     close(torch.func.grad(outcome)(numbers), wanted, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch.func.jvp, on its first call
 @each
 @structural
 @given(problem=smooth)
