@@ -58,7 +58,7 @@ def differentiates_vmap() -> bool:
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """Computes parametrised weights anew; inside `parametrize.cached()` they may have been computed from other params."""
+    """Computes parametrised weights anew: `parametrize.cached()` may hold those of other params."""
     before = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}
     try:

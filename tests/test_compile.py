@@ -95,7 +95,6 @@ def test_a_sweep_compiles_once():
     assert counter.frame_count == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # inside the compiler
 def test_code_is_built_once():
     """With the default backend too, which chooses its own memory layouts."""
     model = network().eval()  # no dropout: compiled code draws from a generator of its own
@@ -116,7 +115,6 @@ def test_code_is_built_once():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # inside the compiler
 def test_built_code_keeps_every_factor():
     """Decay, momentum and averages keep their factors where the compiler fuses them with the product before them."""
     x, y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4, 2)
