@@ -1,12 +1,12 @@
 """From a loss to a grads_fn."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcsam import checks, levels, tree
 
@@ -22,13 +22,15 @@ def grad_and_value(loss_fn: Loss, has_aux: bool = False, backend: Backend = "aut
         loss_fn: `loss_fn(params, *batch)` returns the loss, a real tensor of shape (), or `(loss, aux)`.
         has_aux: Whether `loss_fn` returns `(loss, aux)`; `aux` is a pytree of tensors.
         backend: `"func"` is `torch.func.grad_and_value`: it composes with `vmap`, `torch.func.grad` and
-            `torch.compile`. `"autograd"` is `torch.autograd.grad` on detached leaves: less overhead in eager code on
-            small models, activation checkpointing, DTensors. `"auto"` takes autograd in plain eager code and func
-            elsewhere.
+            `torch.compile`. `"autograd"` is `torch.autograd.grad`: less overhead in eager code on small models,
+            activation checkpointing, DTensors. `"auto"` takes autograd in plain eager code and func elsewhere, also in
+            inference mode.
 
     Returns:
         `grads_fn(params, *batch) -> (grads, loss)`, or `(grads, (loss, aux))` with `has_aux`. A leaf that the loss does
-        not depend on has gradient zero.
+        not depend on has gradient zero. Like that of `torch.func.grad_and_value`, the answer has a graph where grad
+        mode is on and something requires grad: a param, the batch, what the loss captures. A step takes params that
+        are leaves as values, see `Transform.update`.
 
     Raises:
         ValueError: If `backend` is unknown.
@@ -55,6 +57,11 @@ class GradAndValue:
 
     def __init__(self, loss_fn: Loss, has_aux: bool, backend: Backend, factor: Tensor | None = None) -> None:
         self.loss_fn, self.has_aux, self.backend, self.factor = loss_fn, has_aux, backend, factor
+        self._captures = False  # what the last call found, to save the next a second look
+
+    def __repr__(self) -> str:
+        name = getattr(self.loss_fn, "__qualname__", None) or repr(self.loss_fn)
+        return f"grad_and_value({name}, has_aux={self.has_aux}, backend={self.backend!r})"
 
     def scaled(self, factor: Tensor) -> "GradAndValue":
         """Returns the function whose gradients are those of `factor` times the loss; the value stays the loss."""
@@ -62,10 +69,15 @@ class GradAndValue:
 
     def __call__(self, params: P, *batch: Any) -> tuple[P, Any]:
         """Returns `(grads, loss)`, or `(grads, (loss, aux))` with `has_aux`."""
-        if self.backend == "autograd" or (self.backend == "auto" and levels.eager()):
-            grads, loss, aux = _autograd(self, params, batch)
-        else:
-            grads, loss, aux = _func(self, params, batch)
+        plain = levels.eager() and not _inference(params)
+        if self.backend == "autograd" and not plain and not torch.compiler.is_compiling():
+            where = "in inference mode" if levels.eager() else "under `torch.func` transforms"
+            raise RuntimeError(
+                f'grad_and_value: the "autograd" backend does not work {where}. Set `backend` to "auto" or "func".'
+            )
+        take = _autograd if self.backend == "autograd" or (self.backend == "auto" and plain) else _func
+        with levels.fresh():
+            grads, loss, aux = take(self, params, batch)
         return grads, (loss, aux) if self.has_aux else loss
 
     def evaluate(self, loss_fn: Loss, params: Any, batch: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, Any]]:
@@ -83,15 +95,22 @@ class GradAndValue:
         return loss if self.factor is None else loss * self.factor, (loss, aux)
 
 
+def _inference(params: Any) -> bool:
+    """Tells whether plain autograd would record nothing."""
+    return torch.is_inference_mode_enabled() or any(leaf.is_inference() for leaf in tree.flatten(params)[0])
+
+
 def _func(fn: GradAndValue, params: P, batch: tuple[Any, ...]) -> tuple[P, Tensor, Any]:
     if not tree.flatten(params)[0]:
         return params, *fn.evaluate(fn.loss_fn, params, batch)[1]
     differentiate = torch.func.grad(lambda params, *batch: fn.evaluate(fn.loss_fn, params, batch), has_aux=True)
+    since = clock()
     grads, (loss, aux) = differentiate(params, *batch)
     leaves, spec = tree.flatten(grads)
     if any(g.layout is not torch.strided for g in leaves):
         grads = tree.unflatten(spec, map(_dense, leaves), params)
-    return grads, loss, aux
+    answer: tuple[P, Tensor, Any] = settled((grads, loss, aux), params, since)
+    return answer
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -99,18 +118,110 @@ def _dense(grad: Tensor) -> Tensor:
 
 
 def _autograd(fn: GradAndValue, params: P, batch: tuple[Any, ...]) -> tuple[P, Tensor, Any]:
-    if not torch.compiler.is_compiling() and not levels.eager():
-        raise RuntimeError(
-            'grad_and_value: the "autograd" backend does not work under `torch.func` transforms. '
-            'Set `backend` to "auto" or "func".'
-        )
+    given = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (*tree.flatten(params)[0], *batch) if isinstance(x, Tensor)
+    )
+    answer = _differentiated(fn, params, batch, given, given or fn._captures)
+    if answer is None:
+        fn._captures = True
+        answer = _differentiated(fn, params, batch, given, True)
+    assert answer is not None
+    return answer
+
+
+def _differentiated(
+    fn: GradAndValue, params: P, batch: tuple[Any, ...], given: bool, graph: bool
+) -> tuple[P, Tensor, Any] | None:
+    """Returns gradients, loss and aux, with their graph if there is something by which they can be differentiated.
+
+    Args:
+        fn: What is evaluated.
+        params: Its arguments.
+        batch: Likewise.
+        given: Whether an argument requires grad.
+        graph: Whether the evaluation is prepared for a graph. If it is not, and turns out to need one, there is no
+            answer.
+    """
     leaves, spec = tree.flatten(params)
-    with torch.enable_grad(), getattr(fn.loss_fn, "held", lambda: nullcontext(fn.loss_fn))() as loss_fn:
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        target, (loss, aux) = fn.evaluate(loss_fn, tree.unflatten(spec, leaves, params), batch)
+    looking, stepping = torch.is_grad_enabled() and not torch.compiler.is_compiling(), levels.stepping()
+    with torch.enable_grad(), levels.in_loss(), _held(fn.loss_fn, graph) as loss_fn:
+        inputs = [
+            leaf.view_as(leaf) if graph and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves
+        ]
+        since = clock()
+        target, (loss, aux) = fn.evaluate(loss_fn, tree.unflatten(spec, inputs, params), batch)
+        differentiable = given
+        if looking and target.requires_grad and (stepping or not given):
+            differentiable = _captured((target,), inputs, since, given, stepping)
+            if differentiable and not graph:
+                return None
         if target.requires_grad and leaves:
-            grads = tuple(map(_dense, torch.autograd.grad(target, leaves, materialize_grads=True)))
+            found = torch.autograd.grad(target, inputs, create_graph=differentiable, materialize_grads=True)
+            grads = tuple(map(_dense, found))
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
-    aux = optree.tree_map(Tensor.detach, aux)
-    return tree.unflatten(spec, grads, params), loss.detach(), aux
+    if not differentiable:
+        loss, aux = loss.detach(), optree.tree_map(Tensor.detach, aux)
+    return tree.unflatten(spec, grads, params), loss, aux
+
+
+def _held(loss_fn: Loss, graph: bool) -> contextlib.AbstractContextManager[Loss]:
+    held = getattr(loss_fn, "held", None)
+    return contextlib.nullcontext(loss_fn) if held is None else held()
+
+
+def clock() -> int:
+    """Returns a number that the autograd nodes made from now on reach at least."""
+    return 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
+
+
+def settled(outputs: Any, params: Any, since: int) -> Any:
+    """Detaches what was computed in a step, since some time, if nothing but values can be differentiated in it."""
+    if not levels.stepping():
+        return outputs
+    tracked = [x for x in map(levels.raw, optree.tree_leaves(outputs)) if x.requires_grad]
+    if not tracked:
+        return outputs
+    inputs = [levels.raw(leaf) for leaf in tree.flatten(params)[0]]
+    if _captured(tracked, inputs, since, any(x.requires_grad for x in inputs), True):
+        return outputs
+    return optree.tree_map(Tensor.detach, outputs)
+
+
+def _captured(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since: int, given: bool, stepping: bool) -> bool:
+    """Tells whether outputs can be differentiated by their inputs, if these are `given` to be, or by anything else.
+
+    In a step `nn.Parameter`s are values.
+
+    Raises:
+        RuntimeError: In a step, if there are such values beside something that is differentiated.
+    """
+    own = {id(x) for x in inputs}
+    seen = {x.grad_fn for x in (*inputs, *outputs)}
+    nodes: list[Any] = [x.grad_fn for x in outputs]
+    found, parameter = given, None
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        behind = node.next_functions
+        if behind and node._sequence_nr() >= since:
+            new = [each for each, _ in behind if each is not None and each not in seen]
+            seen.update(new)
+            nodes += new
+        elif behind:
+            found = True  # made before
+        elif (variable := getattr(node, "variable", None)) is not None and id(variable) not in own:
+            if isinstance(variable, nn.Parameter):
+                parameter = variable
+            else:
+                found = True
+    if parameter is None:
+        return found
+    if stepping and found:
+        raise RuntimeError(
+            "update: a step that is differentiated must not capture an nn.Parameter that requires grad, got one of "
+            f"shape {tuple(parameter.shape)}. Freeze it, `requires_grad_(False)`, if it is a value; differentiate by "
+            "`torch.func.grad` if not."
+        )
+    return found or not stepping

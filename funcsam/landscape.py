@@ -29,7 +29,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from funcsam import checks, tree
+from funcsam import checks, levels, tree
+from funcsam.gradients import clock, settled
 
 P = TypeVar("P")
 Coordinates = Tensor | Sequence[float]
@@ -164,6 +165,7 @@ def grid(
         raise ValueError(f"grid: `directions` must be a pair of trees, got {got}.")
     for k, direction in enumerate(directions):
         checks.same("grid", f"directions[{k}]", direction, params)
+    params = tree.detached(params, "grid")
     across, up = (_coordinates("grid", name, each, params) for name, each in (("xs", xs), ("ys", ys)))
 
     def moved(x: Tensor, y: Tensor) -> P:
@@ -211,6 +213,7 @@ def line(
         Goodfellow et al., 2015 (linear interpolation). arXiv 1412.6544.
     """
     checks.same("line", "end", end, start, "start")
+    start, end = tree.detached(start, "line"), tree.detached(end, "line")
     places = _coordinates("line", "ts", ts, start)
 
     def between(t: Tensor) -> P:
@@ -244,17 +247,19 @@ def _evaluated(
     checks.count(where, chunk_size=chunk_size)
 
     def at(*point: Tensor) -> Tensor:
-        answer = loss_fn(place(*point), *batch)
+        with levels.fresh():
+            answer = loss_fn(place(*point), *batch)
         loss = answer[0] if isinstance(answer, tuple) and answer else answer
         if not isinstance(loss, Tensor) or loss.ndim:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"{where}: `loss_fn` must return a loss of shape (), or a pair of it and more, got {got}.")
         return loss
 
-    found = []
+    found, since = [], clock()
     for part in zip(*(torch.split(each, chunk_size) for each in points), strict=True):
-        with torch.no_grad():  # what a loss captures may require grad, and a graph per point would not fit
-            found.append(torch.vmap(at)(*part) if chunk_size > 1 else at(*(each[0] for each in part))[None])
+        with levels.in_step():
+            losses = torch.vmap(at)(*part) if chunk_size > 1 else at(*(each[0] for each in part))[None]
+            found.append(settled(losses, (), since))
         if progress is not None:
             progress(len(part[0]))
     return torch.cat(found)

@@ -170,7 +170,7 @@ class ModuleLoss:
             fresh = self._fresh(params, buffers, batch)
             put(params)
             put(fresh)
-            with _NoBatchNorm() if levels.differentiates_vmap() else contextlib.nullcontext():
+            with _NoBatchNorm() if levels.differentiates_vmap(params.values()) else contextlib.nullcontext():
                 answer = self.loss(self.model, *batch)
             first = {name: self._places[name][0] for name in buffers}
             after = {name: place.store[place.key] for name, place in first.items()}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from funcsam import checks, tree
+from funcsam import checks, levels, tree
 
 P = TypeVar("P")
 State = Any
@@ -103,8 +103,9 @@ class Transform:
     def update(self, params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
         """Returns `(updates, state, aux)`; `aux` is what `grads_fn` gave at the params, `()` for a bare gradient.
 
-        Params that require grad are taken as values: no graph outlives the step. To differentiate through it, use
-        `torch.func.grad`.
+        Params that are leaves and require grad, such as a module's own, are taken as values: no graph outlives the
+        step. Under `torch.func` and in the loss of a `grad_and_value` they are differentiated, and everywhere
+        hyperparameters, and params that are not leaves.
 
         Args:
             params: A pytree of tensors.
@@ -116,14 +117,18 @@ class Transform:
             TypeError: If `grads_fn` is not a function, or returns something else.
             ValueError: If gradients or state do not fit the params.
         """
-        checked = grads_fn if isinstance(grads_fn, _Checked) else _Checked(grads_fn)
-        return self._update(tree.detached(params), checked, state, *batch)
+        return self._taken(tree.detached(params, "update"), grads_fn, state, batch)
 
     def step(self, params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
         """Updates and applies the updates; returns `(params, state, aux)`."""
         params = tree.detached(params)
-        updates, state, aux = self.update(params, grads_fn, state, *batch)
+        updates, state, aux = self._taken(params, grads_fn, state, batch)
         return tree.add(params, updates, "apply_updates", "updates"), state, aux
+
+    def _taken(self, params: P, grads_fn: GradsFn, state: State, batch: tuple[Any, ...]) -> tuple[P, State, Aux]:
+        checked = grads_fn if isinstance(grads_fn, _Checked) else _Checked(grads_fn)
+        with levels.in_step():
+            return self._update(params, checked, state, *batch)
 
 
 def apply_updates(params: P, updates: P) -> P:
@@ -135,7 +140,7 @@ def apply_updates(params: P, updates: P) -> P:
     >>> apply_updates({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([-1.0, 1.0])})
     {'w': tensor([0., 3.])}
     """
-    return tree.add(tree.detached(params), updates, "apply_updates", "updates")
+    return tree.add(tree.detached(params, "apply_updates"), updates, "apply_updates", "updates")
 
 
 def lift(init: Init, update: PlainUpdate) -> Transform:

@@ -50,12 +50,15 @@ def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any], like: P) -> P:
     return tree
 
 
-def detached(params: P) -> P:
-    """Takes params that require grad as values, unless `torch.func` is differentiating: a step grows no graph."""
+def detached(params: P, where: str = "step") -> P:
+    """Detaches params that are leaves, so that a step does not extend their graph; see `levels` for the rule."""
     leaves, spec = flatten(params)
-    if levels.differentiating() or not any(leaf.requires_grad for leaf in leaves):
+    found = [leaf.requires_grad and leaf.is_leaf for leaf in leaves]
+    if not any(found) or levels.differentiating():
         return params
-    return unflatten(spec, [leaf.detach() for leaf in leaves], params)
+    if not torch.compiler.is_compiling():
+        levels.refuse_functional(where)
+    return unflatten(spec, [leaf.detach() if on else leaf for leaf, on in zip(leaves, found, strict=True)], params)
 
 
 def _alike(
@@ -129,7 +132,8 @@ def maximum(x: P, y: P) -> P:
 
 def sqrt(x: P) -> P:
     """Returns the elementwise root; its derivative at zero is taken as zero."""
-    return _each(torch._foreach_sqrt, _sqrt, x)
+    tracked = any(leaf.requires_grad for leaf in flatten(x)[0])
+    return _each(None if tracked else torch._foreach_sqrt, _sqrt, x)
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -179,7 +183,11 @@ def _on(factor: Scalar, x: Tensor) -> Scalar:
 def _uniform(factor: Scalar, leaves: Sequence[Tensor]) -> bool:
     """Tells whether one foreach kernel may multiply the leaves by the factor."""
     dtype, device = leaves[0].dtype, leaves[0].device
-    fits = not isinstance(factor, Tensor) or (factor.dtype is dtype and factor.device == device)
+    fits = not isinstance(factor, Tensor) or (
+        factor.dtype is dtype
+        and factor.device == device
+        and not factor.requires_grad  # by which there is no derivative
+    )
     return fits and all(x.dtype is dtype and x.device == device for x in leaves) and dtype not in _HALF
 
 
@@ -254,7 +262,8 @@ def norm(x: Tree) -> Tensor:
     """
     leaves = [leaf for leaf in optree.tree_leaves(x) if leaf.numel()]
     if not leaves:
-        return torch.zeros((), device=next((leaf.device for leaf in optree.tree_leaves(x)), None))
+        device = next((leaf.device for leaf in optree.tree_leaves(x)), None)
+        return torch.zeros((), dtype=torch.float32, device=device)
     if shards.among(leaves):
         return shards.total(leaves, _square).sqrt()
     if levels.eager() and not any(leaf.dtype in _HALF for leaf in leaves):

@@ -107,7 +107,8 @@ def test_a_radius_that_members_share(name, chunk_size):
     """The derivative of something that an ensemble computes."""
     rho, outcome = torch.tensor(0.1, dtype=torch.float64), member_loss(name, chunk_size)
     wanted = (outcome(rho + 1e-5) - outcome(rho - 1e-5)) / 2e-5
-    close(torch.func.grad(outcome)(rho) / wanted.abs(), wanted.sign(), rtol=1e-5)
+    for differentiate in (torch.func.grad(outcome), lambda rho: fs.grad_and_value(outcome)(rho)[0]):
+        close(differentiate(rho) / wanted.abs(), wanted.sign(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["batch norm", "batch norm 2d", "instance norm"])
@@ -119,6 +120,11 @@ def test_what_torch_gets_wrong_is_refused(name):
         RuntimeError, match="batch normalisation must not be differentiated through `vmap`, got a hyper"
     ):
         torch.func.grad(outcome)(torch.tensor(0.1, dtype=torch.float64))
+    for differentiate in (lambda rho: outcome(rho.requires_grad_()).backward(), fs.grad_and_value(outcome)):
+        with pytest.raises(
+            RuntimeError, match="batch normalisation must not be differentiated through `vmap`, got a hyper"
+        ):
+            differentiate(torch.tensor(0.1, dtype=torch.float64))
 
 
 def test_forward_and_backward_agree():

@@ -534,11 +534,15 @@ def test_empty_params(name, empty):
 
 @each
 def test_inputs_stay_as_they_are_and_no_graph_grows(name):
-    """Params that require grad, and a loss that depends on something else that does."""
+    """Without grad mode, or where nothing requires grad."""
     params = {"w": torch.tensor([1.0, 2.0], requires_grad=True)}
     other = torch.tensor(2.0, requires_grad=True)
     before = params["w"].detach().clone()
-    got = MEASURES[name](lambda params: other * bowl(params), params)
+    with torch.no_grad():
+        got = MEASURES[name](lambda params: other * bowl(params), params)
+    assert not any(leaf.requires_grad for leaf in optree.tree_leaves(got))
+    values = {"w": params["w"].detach()}
+    got = MEASURES[name](lambda params: other.detach() * bowl(params), values)
     assert not any(leaf.requires_grad for leaf in optree.tree_leaves(got))
     assert torch.equal(params["w"], before)
     assert params["w"].grad is None
@@ -629,7 +633,8 @@ def test_bad_spectra(monkeypatch):
         measures.hessian_eigenpairs(bowl, W, seed="0")
     text = (
         "hessian_eigenpairs: must not run under `vmap` or another transform of torch.func, nor be compiled. "
-        "Loop over the members: `for params in ensemble.unstack(stacked)`."
+        "Loop over the members, `for params in ensemble.unstack(stacked)`; "
+        "differentiate the values by `grad_and_value`."
     )
     with refuses(RuntimeError, text):
         torch.vmap(lambda w: measures.hessian_eigenpairs(bowl, w).values)(torch.ones(2, 3))

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from funcsam import tree
-from funcsam.measures.support import Estimate, Loss, checked, estimate, graphless, neighbourhood, normal
+from funcsam.measures.support import Estimate, Loss, checked, estimate, neighbourhood, normal
 
 P = TypeVar("P")
 
@@ -66,9 +66,7 @@ def average_case_sharpness(
     where = "average_case_sharpness"
     near = neighbourhood(where, rho, adaptive, eta, mask)
     loss = checked(where, loss_fn, params)
-    params = tree.detached(params)
-    with graphless():
-        start = loss(params, *batch)
+    start = loss(params, *batch)
 
     def rise(noise: P) -> Tensor:
         offset = tree.scale(rho, near.stretch(noise, params))

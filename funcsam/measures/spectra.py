@@ -37,8 +37,7 @@ def _product(where: str, loss_fn: Loss, params: Any, batch: tuple[Any, ...]) -> 
     mode over reverse mode would need less memory, but repeats the gradient in every product and fails where an
     operation has no forward derivative, as many that are written by hand have not.
     """
-    loss, params = checked(where, loss_fn, params), tree.detached(params)
-    real = tree.real_views(params)
+    loss, real = checked(where, loss_fn, params), tree.real_views(params)
     if not tree.flatten(real)[0]:
         return lambda v: v, real
     grads_fn = grad_and_value(lambda real: loss(tree.like_views(real, params), *batch), backend="func")
@@ -84,13 +83,7 @@ def hessian_trace(
     """
     product, real = _product("hessian_trace", loss_fn, params, batch)
 
-    def sample(z: Any) -> Tensor:
-        pairs = zip(optree.tree_leaves(z), optree.tree_leaves(product(z)), strict=True)
-        dtype = tree.real_dtype(real)
-        sums = [torch.sum(a * b, dtype=dtype) for a, b in pairs]
-        return torch.stack([each.to(sums[0].device) for each in sums]).sum() if sums else torch.zeros(())
-
-    return estimate("hessian_trace", sample, rademacher, real, draws, seed, chunk_size)
+    return estimate("hessian_trace", lambda z: _dot(z, product(z), real), rademacher, real, draws, seed, chunk_size)
 
 
 def hessian_eigenpairs(
@@ -135,18 +128,51 @@ def hessian_eigenpairs(
     checks.positive(where, tol=tol)
     if not levels.eager():
         raise RuntimeError(
-            f"{where}: must not run under `vmap` or another transform of torch.func, nor be compiled. "
-            "Loop over the members: `for params in ensemble.unstack(stacked)`."
+            f"{where}: must not run under `vmap` or another transform of torch.func, nor be compiled. Loop over the "
+            "members, `for params in ensemble.unstack(stacked)`; differentiate the values by `grad_and_value`."
         )
     product, real = _product(where, loss_fn, params, batch)
     leaves = tree.flatten(real)[0]
     size = sum(leaf.numel() for leaf in leaves)
     if k > size:
         raise ValueError(f"{where}: `k` must be at most the number of params, got {k} for {size}.")
-    start = torch.randn(size, dtype=torch.float64, generator=generator(where, seed))
-    values, vectors = _top(lambda v: _flat(product(_unflat(v, real))), start, k, tol)
-    values = values.to(leaves[0].device, tree.real_dtype(real))
-    return Eigenpairs(values, tree.like_views(_unflat(vectors, real), params))
+    start = torch.randn(size, dtype=torch.float64, device="cpu", generator=generator(where, seed))
+    tracked = []
+
+    def matvec(v: Tensor) -> Tensor:
+        found = product(_unflat(v, real))
+        tracked.append(any(leaf.requires_grad for leaf in tree.flatten(found)[0]))
+        return _flat(found)
+
+    values, vectors = _top(matvec, start, k, tol)
+    values, pairs = values.to(leaves[0].device, tree.real_dtype(real)), _unflat(vectors, real)
+    if any(tracked):  # the derivative of an eigenvalue is that of `v'Hv` at a fixed vector
+        units = [_unflat(row, real) for row in vectors]
+        values = torch.stack([_dot(v, product(v), real) for v in units])
+        apply: Callable[..., Tensor] = _NotDifferentiable.apply
+        pairs = tree.map(lambda leaf: apply(leaf, values), pairs)
+    return Eigenpairs(values, tree.like_views(pairs, params))
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """Hands eigenvectors on, and refuses to differentiate them."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, values: Tensor) -> Tensor:
+        return vector.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "hessian_eigenpairs: `vectors` must not be differentiated, got a backward pass through them. "
+            "Detach them; the values can be differentiated."
+        )
+
+
+def _dot(x: Any, y: Any, real: Any) -> Tensor:
+    dtype = tree.real_dtype(real)
+    sums = [torch.sum(a * b, dtype=dtype) for a, b in zip(tree.flatten(x)[0], tree.flatten(y)[0], strict=True)]
+    return torch.stack([each.to(sums[0].device) for each in sums]).sum() if sums else torch.zeros((), dtype=dtype)
 
 
 def _flat(x: Any) -> Tensor:
@@ -169,14 +195,14 @@ def _top(matvec: Callable[[Tensor], Tensor], start: Tensor, k: int, tol: float) 
     size = len(start)
     first = matvec(start)
     if not first.isfinite().all():
-        return torch.full((k,), torch.nan), torch.full((k, size), torch.nan)
+        return start.new_full((k,), torch.nan), start.new_full((k, size), torch.nan)
     if size <= max(2 * k + 1, 20):  # then Lanczos would span the whole space, and may break down where it is degenerate
-        matrix = torch.stack([matvec(row) for row in torch.eye(size, dtype=torch.float64)])
+        matrix = torch.stack([matvec(row) for row in torch.diag(torch.ones_like(start))])
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
         return values[-k:].flip(0), vectors.T[-k:].flip(0)
     if not first.any():  # of a matrix that is zero Lanczos knows no start
-        return torch.zeros(k), torch.eye(size, dtype=torch.float64)[:k]
-    matrix = operator((size, size), matvec=lambda v: matvec(torch.tensor(v).reshape(-1)).numpy(), dtype="float64")
+        return start.new_zeros(k), torch.diag(torch.ones_like(start))[:k]
+    matrix = operator((size, size), matvec=lambda v: matvec(torch.from_numpy(v).reshape(-1)).numpy(), dtype="float64")
     try:
         found = eigsh(matrix, k=k, which="LA", v0=start.numpy(), tol=tol)
     except no_convergence as error:
@@ -184,7 +210,7 @@ def _top(matvec: Callable[[Tensor], Tensor], start: Tensor, k: int, tol: float) 
             f"hessian_eigenpairs: Lanczos must converge, got {len(error.eigenvalues)} of {k} eigenvalues. "
             "Give a larger `tol`."
         ) from None
-    values, vectors = (torch.tensor(each) for each in found)
+    values, vectors = (torch.from_numpy(each) for each in found)
     return values.flip(0), vectors.T.flip(0)
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -66,7 +65,8 @@ def checked(where: str, loss_fn: Loss, params: Any) -> Loss:
     checks.params(where, params)
 
     def loss(params: Any, *batch: Any) -> Tensor:
-        value = loss_fn(params, *batch)
+        with levels.fresh():
+            value = loss_fn(params, *batch)
         if not isinstance(value, Tensor) or value.ndim or value.is_complex():
             got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             hint = " Take the loss out of it, and of `nn.loss_fn` the first." if isinstance(value, tuple) else ""
@@ -74,11 +74,6 @@ def checked(where: str, loss_fn: Loss, params: Any) -> Loss:
         return value.to(torch.promote_types(value.dtype, torch.float32))
 
     return loss
-
-
-def graphless() -> AbstractContextManager[object]:
-    """In plain eager code a measure is a number: it grows no graph, whatever else the loss depends on."""
-    return torch.no_grad() if levels.eager() else nullcontext()
 
 
 def generator(where: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -117,12 +112,11 @@ def estimate(
         raise ValueError(f"{where}: `draws` must be at least 2, for a standard error, got {draws}.")
     generators = {leaf.device: generator(where, seed, leaf.device) for leaf in tree.flatten(params)[0]}
     parts = []
-    with graphless():
-        for start in range(0, draws, chunk_size or draws):
-            count = min(chunk_size or draws, draws - start)
-            parts.append(_each(sample, [_like(params, draw, generators) for _ in range(count)]))
-        values = torch.cat(parts)
-        return Estimate(values.mean(), values.std() / math.sqrt(draws))
+    for start in range(0, draws, chunk_size or draws):
+        count = min(chunk_size or draws, draws - start)
+        parts.append(_each(sample, [_like(params, draw, generators) for _ in range(count)]))
+    values = torch.cat(parts)
+    return Estimate(values.mean(), values.std() / math.sqrt(draws))
 
 
 def _like(params: P, draw: Draw, generators: dict[torch.device, torch.Generator]) -> P:
@@ -133,7 +127,7 @@ def _like(params: P, draw: Draw, generators: dict[torch.device, torch.Generator]
     """
     leaves, spec = tree.flatten(tree.real_views(params))
     kinds = [(tuple(leaf.shape), leaf.dtype, generators[leaf.device]) for leaf in leaves]
-    with torch._C._DisableFuncTorch():
+    with torch._C._DisableFuncTorch(), levels.untraced():
         drawn = [draw(*kind) for kind in kinds]
     return tree.like_views(tree.unflatten(spec, drawn, params), params)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from funcsam import checks, tree
 from funcsam.batches import InDims, microbatch, taken_apart
 from funcsam.gradients import grad_and_value
-from funcsam.measures.support import Loss, Neighbourhood, checked, graphless, neighbourhood
+from funcsam.measures.support import Loss, Neighbourhood, checked, neighbourhood
 from funcsam.transform import identity
 
 P = TypeVar("P")
@@ -94,7 +94,7 @@ def worst_case_sharpness(
     where = "worst_case_sharpness"
     near = neighbourhood(where, rho, adaptive, eta, mask)
     checks.count(where, steps=steps)
-    return _rise(checked(where, loss_fn, params), tree.detached(params), batch, rho, steps, near)
+    return _rise(checked(where, loss_fn, params), params, batch, rho, steps, near)
 
 
 def _rise(
@@ -111,8 +111,7 @@ def _rise(
         length = rho * tree.reciprocal(tree.norm(scaled))
         offset = _within(rho, tree.add(offset, tree.scale(length, scaled)))
         point = tree.add(params, near.stretch(offset, params))
-    with graphless():
-        rises.append(loss(point, *batch) - start)
+    rises.append(loss(point, *batch) - start)
     return torch.stack(rises).amax()
 
 
@@ -173,7 +172,7 @@ def m_sharpness(
     where = "m_sharpness"
     near = neighbourhood(where, rho, adaptive, eta, mask)
     checks.count(where, m=m, steps=steps, **({} if chunk_size is None else {"chunk_size": chunk_size}))
-    loss, params = checked(where, loss_fn, params), tree.detached(params)
+    loss = checked(where, loss_fn, params)
     examples = taken_apart(where, batch, in_dims).size
     if m > examples:
         raise ValueError(f"{where}: `m` must be at most the number of examples, got {m} for {examples}.")
