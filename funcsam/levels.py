@@ -10,6 +10,8 @@ its own result: in plain eager code a step (`step`, `update`, `apply_updates`) a
 In the loss of a `grad_and_value`, and under `torch.func` and forward-mode AD, there is no exception. A leaf that is
 used before or after the steps, too, gets the derivative of these uses alone: give the steps a copy that is no leaf
 (`leaf.clone()`), or differentiate by `torch.func.grad` or `grad_and_value`.
+
+Compiled code knows no leaves: there a step takes params that are `nn.Parameter`s as values, and no others.
 """
 
 import contextlib

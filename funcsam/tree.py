@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import optree
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from funcsam import checks, levels, shards
 
@@ -53,10 +54,12 @@ def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any], like: P) -> P:
 def detached(params: P, where: str = "step") -> P:
     """Detaches params that are leaves, so that a step does not extend their graph; see `levels` for the rule."""
     leaves, spec = flatten(params)
-    found = [leaf.requires_grad and leaf.is_leaf for leaf in leaves]
+    # The compiler does not compile again for a leaf, but for an `nn.Parameter` it does.
+    compiling = torch.compiler.is_compiling()
+    found = [x.requires_grad and (isinstance(x, Parameter) if compiling else x.is_leaf) for x in leaves]
     if not any(found) or levels.differentiating():
         return params
-    if not torch.compiler.is_compiling():
+    if not compiling:
         levels.refuse_functional(where)
     return unflatten(spec, [leaf.detach() if on else leaf for leaf, on in zip(leaves, found, strict=True)], params)
 

@@ -419,3 +419,27 @@ def test_a_plain_loop_costs_no_more_where_params_require_grad():
     assert operations(dict(model.named_parameters()), grads_fn, tx, tx.init(values)) == plain
     with torch.no_grad():  # nothing is looked for there
         assert operations(values, grads_fn, tx, tx.init(values)) == plain
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_steps(backend):
+    """A number is differentiated through compiled steps, and so are params, but for an `nn.Parameter`."""
+    grads_fn = fs.grad_and_value(lambda params: quartic(params["w"]))
+    start = sam().init({"w": W})
+
+    def step(rho, params, state):
+        return sam(rho).step(params, grads_fn, state)
+
+    def outcome(rho, w, step=torch.compile(step, backend=backend, fullgraph=True)):
+        params, state = {"w": w}, start
+        for _ in range(2):
+            params, state, _ = step(rho, params, state)
+        return query(params["w"])
+
+    rho, w = tensor(0.3), nn.Parameter(W.clone())
+    assert not outcome(rho, w).requires_grad
+    wanted = torch.func.grad(lambda rho, w: outcome(rho, w, step), (0, 1))(rho, W)
+    close(fs.grad_and_value(lambda w: outcome(rho, w))(W)[0], wanted[1])
+    rho, w = tracked(0.3), tracked(1.0, 2.0)
+    close(torch.autograd.grad(outcome(rho, w * 1.0), (rho, w)), wanted)
