@@ -422,6 +422,7 @@ def test_a_plain_loop_costs_no_more_where_params_require_grad():
 
 
 @pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler, of params
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_steps(backend):
     """A number is differentiated through compiled steps, and so are params, but for an `nn.Parameter`."""
@@ -431,7 +432,9 @@ def test_compiled_steps(backend):
     def step(rho, params, state):
         return sam(rho).step(params, grads_fn, state)
 
-    def outcome(rho, w, step=torch.compile(step, backend=backend, fullgraph=True)):
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+
+    def outcome(rho, w, step=compiled):
         params, state = {"w": w}, start
         for _ in range(2):
             params, state, _ = step(rho, params, state)
