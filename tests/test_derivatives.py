@@ -446,3 +446,26 @@ def test_compiled_steps(backend):
     close(fs.grad_and_value(lambda w: outcome(rho, w))(W)[0], wanted[1])
     rho, w = tracked(0.3), tracked(1.0, 2.0)
     close(torch.autograd.grad(outcome(rho, w * 1.0), (rho, w)), wanted)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+@pytest.mark.parametrize("backend", ["auto", "func", "autograd"])
+def test_numbers_are_learned_in_chunks_of_any_size(backend, chunk_size):
+    """Steps of steps: an ensemble of outer loops moves as without chunks, also where a chunk is a plain loop."""
+
+    def learned(chunk_size, backend="auto"):
+        numbers = {"rho": tensor(0.1, 0.3, 0.5).log(), "lr": tensor(0.01, 0.02, 0.03).log()}
+        outer = fs.ensemble.vectorize(fs.chain(fs.clip_by_global_norm(1.0), fs.adam(0.1)), chunk_size=chunk_size)
+        grads_fn = fs.grad_and_value(
+            lambda numbers, w: trained(sam(numbers["rho"].exp(), numbers["lr"].exp()), w), backend=backend
+        )
+        state = outer.init(numbers)
+        for _ in range(3):
+            numbers, state, loss = outer.step(numbers, grads_fn, state, torch.stack([W, W + 0.5, W - 0.3]))
+        return numbers, loss
+
+    if backend == "autograd" and chunk_size > 1:
+        with pytest.raises(RuntimeError, match='the "autograd" backend does not work under `torch.func` transforms'):
+            learned(chunk_size, backend)
+    else:
+        close(learned(chunk_size, backend), learned(None), rtol=1e-7)
