@@ -465,7 +465,7 @@ def test_numbers_are_learned_in_chunks_of_any_size(backend, chunk_size):
         return numbers, loss
 
     if backend == "autograd" and chunk_size > 1:
-        with pytest.raises(RuntimeError, match='the "autograd" backend does not work under `torch.func` transforms'):
+        with pytest.raises(RuntimeError, match=r'the "autograd" backend does not work under `torch.func` transforms'):
             learned(chunk_size, backend)
     else:
         close(learned(chunk_size, backend), learned(None), rtol=1e-7)
