@@ -250,7 +250,8 @@ def bootstrap(examples: int, seeds: Sequence[int]) -> Tensor:
         seeds: One per member; the same seed draws the same.
 
     Returns:
-        Indices, int64 of shape `(members, examples)` on the CPU: `x[bootstrap(...)]` are the members' own training sets.
+        Indices, int64 of shape `(members, examples)`, on the CPU: `x[bootstrap(...)]` are the members' own training
+        sets.
 
     Raises:
         ValueError: If there are no examples or no seeds.
@@ -268,8 +269,8 @@ def bootstrap(examples: int, seeds: Sequence[int]) -> Tensor:
 def average(logits: Tensor) -> Tensor:
     """Returns the logarithm of the members' mean probabilities, shape `(examples, classes)`.
 
-    `torch.nn.functional.nll_loss(average(logits), labels)` is the ensemble's negative log-likelihood. This and the other
-    metrics are computed and returned in float32, of float64 logits in float64.
+    `torch.nn.functional.nll_loss(average(logits), labels)` is the ensemble's negative log-likelihood. Like the other
+    metrics it is computed and returned in float32, of float64 logits in float64.
 
     Args:
         logits: Shape `(members, examples, classes)`, of any floating-point dtype.
@@ -382,7 +383,12 @@ def _wide(where: str, logits: Tensor, ndim: int) -> Tensor:
 
 
 def _labels(where: str, labels: Tensor, logits: Tensor) -> None:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype is torch.bool
+    ):
         got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{where}: `labels` must be a tensor of whole numbers, got {got}.")
     *_, examples, classes = logits.shape
