@@ -321,7 +321,7 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
     Args:
         logits: Shape `(examples, classes)`, of any floating-point dtype: logits or log-probabilities, such as `average`
             returns.
-        labels: As in `nll`.
+        labels: As in `nll`; where their range is not looked at, a label that no class has counts as a miss.
         bins: Number of bins, at least 1.
 
     Raises:

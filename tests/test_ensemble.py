@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import funcsam as fs
-from tests.asserts import close, equal
+from tests.asserts import close, defaults, equal
 from tests.modules import MODULES, Recurrent, batches, built, loss, pure_loop, sam
 from tests.strategies import ensembles, reals, structural, tensors, trees
 
@@ -380,13 +380,8 @@ def test_metrics_and_draws_do_not_depend_on_defaults():
     """Neither on the default dtype nor on the default device."""
     given = predictions(torch.float32)
     wanted = metrics(*given), fs.ensemble.bootstrap(5, [0, 1])
-    try:
-        torch.set_default_dtype(torch.bfloat16)
-        torch.set_default_device("meta")
+    with defaults():
         found = metrics(*given), fs.ensemble.bootstrap(5, [0, 1])
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
     equal(found, wanted)
 
 

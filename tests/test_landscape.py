@@ -10,7 +10,7 @@ from torch import nn
 
 import funcsam as fs
 from funcsam import landscape
-from tests.asserts import close, equal
+from tests.asserts import close, defaults, equal
 
 XS, YS = [-1.0, 0.0, 0.5], [0.0, 2.0]
 CHUNKS = (1, 2, 4, 100)
@@ -262,13 +262,8 @@ def test_numbers_are_exact_in_the_precision_of_the_params(dtype, default):
     """0.1 is the 0.1 of the params, whatever the default dtype and the default device are."""
     w, d, none = torch.zeros(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
     ends, losses = torch.tensor([0.1], dtype=dtype), torch.tensor([[0.1]], dtype=dtype)
-    try:
-        torch.set_default_dtype(default)
-        torch.set_default_device("meta")
+    with defaults(default):
         found = landscape.grid(torch.sum, w, (d, none), [0.1], [0.3]), landscape.line(torch.sum, w, d, [0.1])
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
     equal(found, (losses, ends))
 
 
@@ -276,13 +271,8 @@ def test_directions_do_not_depend_on_defaults():
     """A generator of the CPU draws on the CPU."""
     params, _ = fs.nn.split(network())
     wanted = landscape.directions(params)
-    try:
-        torch.set_default_dtype(torch.float64)
-        torch.set_default_device("meta")
+    with defaults(torch.float64):
         found = landscape.directions(params)
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
     equal(found, wanted)
 
 

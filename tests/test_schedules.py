@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import funcsam as fs
-from tests.asserts import close, equal
+from tests.asserts import close, defaults, equal
 
 totals = st.integers(2, 50)
 values = st.floats(0.01, 2)
@@ -115,13 +115,8 @@ def test_a_device_that_may_have_no_float64(schedule, device):
 def test_defaults_do_not_matter(schedule):
     """Neither the default dtype nor the default device."""
     step, wanted = torch.tensor(4), schedule(torch.tensor(4))
-    try:
-        torch.set_default_dtype(torch.bfloat16)
-        torch.set_default_device("meta")
+    with defaults():
         found = schedule(step)
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
     equal(found, wanted)
 
 
