@@ -23,7 +23,8 @@ them; a step of one filter norm means the same.
 Buffers that a loss returns are dropped: evaluations leave no trace.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -234,12 +235,25 @@ def _coordinates(where: str, name: str, given: Coordinates, params: Any) -> Tens
             raise TypeError(f"{where}: `{name}` must hold real numbers, got {given.dtype}.")
         values = given.to(device, dtype)
     else:
-        numbers = list(given)
-        checks.finite(where, **{name: numbers})
-        values = torch.tensor(numbers, dtype=dtype, device=device)  # 0.1 is that of the params: no float32 in between
+        values = torch.tensor(_numbers(where, name, given, dtype), dtype=dtype, device=device)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"{where}: `{name}` must have shape (n,) with n at least 1, got {tuple(values.shape)}.")
     return values
+
+
+def _numbers(where: str, name: str, given: Any, dtype: torch.dtype) -> list[Any]:
+    """Checks a sequence of numbers, which go straight to a dtype: with float32 in between 0.1 would be another one."""
+    if not isinstance(given, Iterable):
+        got = type(given).__name__
+        raise TypeError(f"{where}: `{name}` must be a tensor of shape (n,) or a sequence of numbers, got {got}.")
+    numbers = list(given)
+    checks.finite(where, **{name: numbers})
+    for k, number in enumerate(numbers):
+        if callable(number):
+            raise TypeError(f"{where}: `{name}` must hold numbers, got {type(number).__name__} at [{k}].")
+        if isinstance(number, Real) and abs(number) > torch.finfo(dtype).max:
+            raise ValueError(f"{where}: `{name}` must be finite in {dtype}, got {number} at [{k}].")
+    return numbers
 
 
 def _evaluated(

@@ -620,8 +620,8 @@ MUTATIONS += [
     Mutation(
         "numbers are those of float32",
         "landscape.py",
-        "torch.tensor(numbers, dtype=dtype,",
-        "torch.tensor(numbers, dtype=torch.float32,",
+        "given, dtype), dtype=dtype,",
+        "given, dtype), dtype=torch.float32,",
         PLANE,
     ),
     Mutation(

@@ -376,6 +376,21 @@ CASES = [
         "grid: `ys` must hold real numbers, got torch.complex64.",
     ),
     (
+        lambda: landscape.grid(torch.sum, W, (W, W), 0.5, YS),
+        TypeError,
+        "grid: `xs` must be a tensor of shape (n,) or a sequence of numbers, got float.",
+    ),
+    (
+        lambda: landscape.line(torch.sum, W, W, [0.0, fs.constant(0.5)]),
+        TypeError,
+        "line: `ts` must hold numbers, got function at [1].",
+    ),
+    (
+        lambda: landscape.line(torch.sum, W, W, [0.0, -1e39]),
+        ValueError,
+        "line: `ts` must be finite in torch.float32, got -1e+39 at [1].",
+    ),
+    (
         lambda: landscape.grid(torch.sum, W, (W, W), [0.0, float("nan")], YS),
         ValueError,
         "grid: `xs` must be finite, got nan at [1].",
