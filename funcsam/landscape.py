@@ -251,7 +251,7 @@ def _numbers(where: str, name: str, given: Any, dtype: torch.dtype) -> list[Any]
     for k, number in enumerate(numbers):
         if callable(number):
             raise TypeError(f"{where}: `{name}` must hold numbers, got {type(number).__name__} at [{k}].")
-        if isinstance(number, Real) and abs(number) > torch.finfo(dtype).max:
+        if isinstance(number, Real) and abs(float(number)) > torch.finfo(dtype).max:
             raise ValueError(f"{where}: `{name}` must be finite in {dtype}, got {number} at [{k}].")
     return numbers
 
