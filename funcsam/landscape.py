@@ -23,7 +23,8 @@ them; a step of one filter norm means the same.
 Buffers that a loss returns are dropped: evaluations leave no trace.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +35,7 @@ from funcsam.gradients import clock, settled
 
 P = TypeVar("P")
 Coordinates = Tensor | Sequence[float]
-"""A tensor of shape `(n,)` or a sequence of numbers."""
+"""A tensor of shape `(n,)` or a sequence of numbers, which are exact in the precision of the params."""
 Progress = Callable[[int], Any]
 """Is told how many points were evaluated since the last call."""
 
@@ -110,11 +111,11 @@ def directions(params: P, seed: int = 0) -> tuple[P, P]:
             "directions: `params` must have a leaf of two axes or more, got none. "
             "Without filters every direction is zero."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def draw(leaf: Tensor) -> Tensor:
         dtype = torch.complex64 if leaf.is_complex() else torch.float32
-        return torch.randn(leaf.shape, generator=generator, dtype=dtype).to(leaf.device, leaf.dtype)
+        return torch.randn(leaf.shape, generator=generator, dtype=dtype, device="cpu").to(leaf.device, leaf.dtype)
 
     first, second = (filter_normalize(tree.map(draw, params), params) for _ in range(2))
     return first, second
@@ -148,7 +149,8 @@ def grid(
         progress: Is called with the number of points just done, `len(xs) len(ys)` in all.
 
     Returns:
-        The losses, shape `(len(ys), len(xs))`: row `i` and column `j` belong to `ys[i]` and `xs[j]`, as in a picture.
+        The losses in float32 at least, shape `(len(ys), len(xs))`: row `i` and column `j` belong to `ys[i]` and
+        `xs[j]`, as in a picture.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -172,7 +174,8 @@ def grid(
         return tree.add(tree.add(params, tree.scale(x, directions[0])), tree.scale(y, directions[1]))
 
     points = (across.repeat(len(up)), up.repeat_interleave(len(across)))
-    return _evaluated("grid", loss_fn, moved, points, batch, chunk_size, progress).view(len(up), len(across))
+    losses = _wide(_evaluated("grid", loss_fn, moved, points, batch, chunk_size, progress))
+    return losses.view(len(up), len(across))
 
 
 def line(
@@ -199,7 +202,7 @@ def line(
         progress: Likewise.
 
     Returns:
-        The losses, shape `(len(ts),)`.
+        The losses in float32 at least, shape `(len(ts),)`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -219,18 +222,41 @@ def line(
     def between(t: Tensor) -> P:
         return tree.add(tree.scale(1 - t, start), tree.scale(t, end))  # not start + t (end - start): exact at both ends
 
-    return _evaluated("line", loss_fn, between, (places,), batch, chunk_size, progress)
+    return _wide(_evaluated("line", loss_fn, between, (places,), batch, chunk_size, progress))
+
+
+def _wide(losses: Tensor) -> Tensor:
+    return losses.to(torch.promote_types(losses.dtype, torch.float32))
 
 
 def _coordinates(where: str, name: str, given: Coordinates, params: Any) -> Tensor:
     """Returns coordinates as a tensor of the params' precision and device."""
-    if not isinstance(given, Tensor):
-        checks.finite(where, **{name: list(given)})
-    values = torch.as_tensor(given)
+    leaves = tree.flatten(params)[0]
+    device, dtype = leaves[0].device if leaves else torch.device("cpu"), tree.real_dtype(params)
+    if isinstance(given, Tensor):
+        if given.is_complex():
+            raise TypeError(f"{where}: `{name}` must hold real numbers, got {given.dtype}.")
+        values = given.to(device, dtype)
+    else:
+        values = torch.tensor(_numbers(where, name, given, dtype), dtype=dtype, device=device)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"{where}: `{name}` must have shape (n,) with n at least 1, got {tuple(values.shape)}.")
-    leaves = tree.flatten(params)[0]
-    return values.to(leaves[0].device if leaves else None, tree.real_dtype(params))
+    return values
+
+
+def _numbers(where: str, name: str, given: Any, dtype: torch.dtype) -> list[Any]:
+    """Checks a sequence of numbers, which go straight to a dtype: with float32 in between 0.1 would be another one."""
+    if not isinstance(given, Iterable):
+        got = type(given).__name__
+        raise TypeError(f"{where}: `{name}` must be a tensor of shape (n,) or a sequence of numbers, got {got}.")
+    numbers = list(given)
+    checks.finite(where, **{name: numbers})
+    for k, number in enumerate(numbers):
+        if callable(number):
+            raise TypeError(f"{where}: `{name}` must hold numbers, got {type(number).__name__} at [{k}].")
+        if isinstance(number, Real) and abs(float(number)) > torch.finfo(dtype).max:
+            raise ValueError(f"{where}: `{name}` must be finite in {dtype}, got {number} at [{k}].")
+    return numbers
 
 
 def _evaluated(

@@ -27,6 +27,9 @@ def sgd(
     `chain(add_decayed_weights(weight_decay), trace(momentum, ...), scale_by_learning_rate(lr))`, without the parts
     whose number is zero. To maximise, put `scale(-1)` in front.
 
+    A param that the loss does not use has a gradient of zero here: it decays, and its momentum goes on. torch.optim
+    skips a param whose `grad` is None. `freeze` at the end of the chain keeps such params as they are.
+
     Args:
         lr: Learning rate. A non-negative number, a tensor of shape (), a schedule, or a prefix tree of these.
         momentum: In [0, 1). A number, a tensor of shape () or a schedule.
@@ -56,7 +59,8 @@ def adam(
 ) -> Transform:
     """Adam, `torch.optim.Adam`: weight decay is L2, part of the gradient.
 
-    `chain(add_decayed_weights(weight_decay), scale_by_adam(...), scale_by_learning_rate(lr))`.
+    `chain(add_decayed_weights(weight_decay), scale_by_adam(...), scale_by_learning_rate(lr))`. A param that the loss
+    does not use decays and keeps moving, unlike in torch.optim; see `sgd`.
 
     Args:
         lr: Learning rate. A non-negative number, a tensor of shape (), a schedule, or a prefix tree of these.
@@ -87,7 +91,8 @@ def adamw(
 ) -> Transform:
     """AdamW, `torch.optim.AdamW`: weight decay is decoupled from the moments.
 
-    `chain(scale_by_adam(...), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(lr))`.
+    `chain(scale_by_adam(...), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(lr))`. A param that the
+    loss does not use decays and keeps moving, unlike in torch.optim; see `sgd`.
 
     Args:
         lr: Learning rate. A non-negative number, a tensor of shape (), a schedule, or a prefix tree of these.

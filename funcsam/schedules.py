@@ -1,7 +1,7 @@
 """Schedules: pure functions from the step, int64 of shape (), to a hyperparameter, a tensor of shape ().
 
 Wherever a hyperparameter is taken, a schedule is taken too. The step counts the updates made so far: the first update
-reads a schedule at 0.
+reads a schedule at 0. Values are float64 on the CPU and on CUDA, where 0.1 is 0.1, and float32 on other devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,12 @@ def at(value: Any, step: Tensor) -> Any:
     return optree.tree_map(lambda leaf: leaf(step) if callable(leaf) else leaf, value)
 
 
+_FLOAT64 = ("cpu", "cuda", "meta")
+"""Devices that have float64 for certain. On others, such as Apple's, a schedule is exact to float32."""
+
+
 def _real(step: Tensor) -> Tensor:
-    return step.to(torch.float32 if step.device.type == "mps" else torch.float64)
+    return step.to(torch.float64 if step.device.type in _FLOAT64 else torch.float32)
 
 
 def constant(value: Number) -> Schedule:

@@ -35,7 +35,8 @@ def sharpness_aware(
 ) -> Transform:
     """Climbs from the params, asks for a second gradient there, and combines the two.
 
-    `e = ascent(g)`, `g+ = grads_fn(w + e)`, `u = combine(g, g+)`.
+    `e = ascent(g)`, `g+ = grads_fn(w + e)`, `u = combine(g, g+)`. If the loss draws random numbers (dropout), they are
+    others for `g+`, which then differs from `g` also where `e = 0`, unless `common_randomness()` stands in front.
 
     Args:
         ascent: A transform (usually a chain) from gradient to perturbation `e`, which is *added* to the params.

@@ -1,4 +1,9 @@
-"""`equal` and `close` compare structure, then dtype and shape, then values, and never broadcast."""
+"""`equal` and `close` compare structure, then dtype and shape, then values, and never broadcast.
+
+`defaults` changes the default dtype and device of torch, on which nothing may depend.
+"""
+
+import contextlib
 
 import optree
 import torch
@@ -26,3 +31,15 @@ def close(got, wanted, rtol=1e-9):
     for a, b in pairs:
         same = (a == b) | (a.isnan() & b.isnan())
         assert (same | ((a - b).abs() <= atol)).all(), f"{got} is not within {atol:.1e} of {wanted}"
+
+
+@contextlib.contextmanager
+def defaults(dtype=torch.bfloat16, device="meta"):
+    """Sets torch's default dtype and default device for a while."""
+    try:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)

@@ -188,6 +188,13 @@ MUTATIONS = [
         "return chain(scale_by_adam(*betas, eps, amsgrad=amsgrad), *decay, scale",
     ),
     Mutation("sgd decays behind the momentum", "optimizers.py", "chain(*decay, *memory,", "chain(*memory, *decay,"),
+    Mutation(
+        "every device has float64",
+        "schedules.py",
+        "in _FLOAT64 else torch.float32",
+        "in _FLOAT64 else torch.float64",
+        ("tests/test_schedules.py",),
+    ),
     Mutation("a milestone is one step late", "schedules.py", "step >= start", "step > start"),
     Mutation(
         "cosine goes on", "schedules.py", "torch.clamp(_real(step) / total_steps, max=1.0)", "_real(step) / total_steps"
@@ -382,12 +389,22 @@ MUTATIONS += [
     Mutation(
         "bins are open on the other side",
         "ensemble.py",
-        ".to(confidence.dtype))",
-        ".to(confidence.dtype), right=True)",
+        "dtype=confidence.dtype, device=confidence.device))",
+        "dtype=confidence.dtype, device=confidence.device), right=True)",
         ENSEMBLE,
     ),
     Mutation("gaps of all bins cancel", "ensemble.py", ".sum(0).abs().sum()", ".sum(0).sum().abs()", ENSEMBLE),
-    Mutation("a member disagrees with itself", "ensemble.py", "(votes * (votes - 1))", "(votes * votes)", ENSEMBLE),
+    Mutation("a member disagrees with itself", "ensemble.py", "(votes**2).sum(-1)", "votes.sum(-1)", ENSEMBLE),
+    Mutation("logits stay in half precision", "ensemble.py", "else logits.float()", "else logits", ENSEMBLE),
+    Mutation(
+        "edges of bins are those of float32",
+        "ensemble.py",
+        "torch.tensor(upper, dtype=confidence.dtype,",
+        "torch.tensor(upper, dtype=torch.float32,",
+        ENSEMBLE,
+    ),
+    Mutation("labels may be negative", "ensemble.py", "(labels < 0) | ", "", ENSEMBLE),
+    Mutation("labels may be a column", "ensemble.py", "if labels.shape != (examples,)", "if False", ENSEMBLE),
     Mutation(
         "the bootstrap draws without replacement",
         "ensemble.py",
@@ -593,6 +610,27 @@ MUTATIONS += [
         PLANE,
     ),
     Mutation("biases move with the filters", "landscape.py", "if weight.ndim < 2:", "if weight.ndim < 1:", PLANE),
+    Mutation(
+        "norms of filters are taken in half precision",
+        "landscape.py",
+        "wide = torch.float32 if",
+        "wide = None if",
+        PLANE,
+    ),
+    Mutation(
+        "numbers are those of float32",
+        "landscape.py",
+        "given, dtype), dtype=dtype,",
+        "given, dtype), dtype=torch.float32,",
+        PLANE,
+    ),
+    Mutation(
+        "losses stay in half precision",
+        "landscape.py",
+        "losses.to(torch.promote_types",
+        "(lambda *_: losses)(torch.promote_types",
+        PLANE,
+    ),
     Mutation("both directions are one", "landscape.py", "return first, second", "return first, first", PLANE),
     Mutation(
         "directions are drawn in the precision of the params",
@@ -745,6 +783,13 @@ MUTATIONS += [
     ),
     Mutation(
         "batches do not share the loss fairly", "studies/judging.py", "len(labels) / len(y)", "1 / len(parts)", COMPARE
+    ),
+    Mutation(
+        "names of checkpoints are cut only",
+        "studies/checkpoint.py",
+        "-{hashlib.sha256(spec.encode()).hexdigest()[:12]}",
+        "",
+        ("tests/test_compare.py",),
     ),
     Mutation("dogs stay dogs", "studies/data.py", "3: 5, 5: 3}", "3: 5}", COMPARE),
     Mutation(

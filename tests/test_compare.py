@@ -88,7 +88,44 @@ def test_a_run_prints_its_table_and_writes_its_files(finished):
         assert f"{100 * final['test_error']['mean']:.1f} ±" in text
     assert content["final"]["sgd"]["ratio"] == 1
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["sam-rho-0.5.pt", "sgd.pt"]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["sam-rho-0.5-4e5df4f39c33.pt", "sgd.pt"]
+
+
+RIVALS = ("sam:rho=1e-1", "sam:rho=1e+1")
+
+
+def test_files_have_names_for_any_system_and_nothing_forks(tmp_path, monkeypatch):
+    """Windows knows no fork, and takes none of `<>:"/\\|?*` in a name."""
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
+    short = (*SMALL, *(word for spec in RIVALS for word in ("-o", spec)), "--epochs", "1", "--out", str(tmp_path))
+    for more in ((), ("--resume",)):
+        assert cli.run(["compare", *short, *more]) == 0
+    assert cli.run(["measure", str(tmp_path), "--examples", "9", "--steps", "1", "--draws", "2", "--rho", "0.1"]) == 0
+    assert cli.run(["landscape", str(tmp_path), "--examples", "9", "--points", "3"]) == 0
+    names = [path.name for path in tmp_path.rglob("*")]
+    assert len([name for name in names if name.endswith(".pt")]) == len(RIVALS)
+    assert {"results.json", "measures.json", "landscape.html"} <= set(names)
+    assert not [name for name in names if set(name) & set('<>:"/\\|?*') or name.endswith((".", " "))]
+
+
+def test_every_spec_has_a_file_of_its_own():
+    """Also where files do not differ by case, and where names may not be long."""
+    specs = [
+        *RIVALS,
+        "sam:rho=0.1",
+        "sam:rho=0.10",
+        "sgd",
+        "sgd:",
+        "SGD",
+        "sgd-",
+        "sam:rho=0,1",
+        "sam:rho=0.1,",
+        "a" * 300,
+        "a" * 300 + "b",
+    ]
+    names = [checkpoint.path(Path("run"), spec).name for spec in specs]
+    assert len({name.lower() for name in names}) == len(specs)
+    assert max(map(len, names)) < 80
 
 
 @pytest.mark.parametrize("spec", ["sgd", "sam:rho=0.5"])

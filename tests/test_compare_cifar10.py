@@ -184,7 +184,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, monkey
     assert run(*command, "--resume") == 0
     assert figures(tmp_path) == figures(finished)
     ours, theirs = states(tmp_path), states(finished)
-    assert list(ours) == list(theirs) == ["sam-rho-0.05.pt", "sgd.pt"]
+    assert list(ours) == list(theirs) == ["sam-rho-0.05-edf91bc4680a.pt", "sgd.pt"]
     assert all(torch.equal(a, b) for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
 
 
@@ -194,7 +194,7 @@ def test_a_checkpoint_is_saved_as_soon_as_an_epoch_is_long(tmp_path, monkeypatch
     monkeypatch.setattr(comparison, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(checkpoint, "save", lambda path, *_: saved.append(path.name))
     assert run(*SHORT, *PAIR, "--seeds", 1, "--epochs", 1, "--out", tmp_path) == 0
-    assert saved == ["sgd.pt", "sam-rho-0.05.pt"]
+    assert saved == ["sgd.pt", "sam-rho-0.05-edf91bc4680a.pt"]
 
 
 def test_another_copy_of_the_data_is_refused(capfd, finished, tmp_path):

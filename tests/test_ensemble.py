@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import funcsam as fs
-from tests.asserts import close, equal
+from tests.asserts import close, defaults, equal
 from tests.modules import MODULES, Recurrent, batches, built, loss, pure_loop, sam
 from tests.strategies import ensembles, reals, structural, tensors, trees
 
@@ -295,7 +295,98 @@ def test_disagreement_counts_pairs(logits):
     close(fs.ensemble.disagreement(logits), torch.stack(pairs).mean())
 
 
+# Numbers: float32 at least, and edges that are what they say
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def metrics(logits, labels):
+    """Every metric of an ensemble."""
+    average = fs.ensemble.average(logits)
+    calibration = fs.ensemble.calibration_error(logits[0], labels)
+    return average, fs.ensemble.nll(logits, labels), calibration, fs.ensemble.disagreement(logits)
+
+
+def predictions(dtype, members=3, examples=40):
+    """Logits of a few classes, rounded to a dtype, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(members, examples, 4, generator=generator).to(dtype)
+    return logits, torch.randint(4, (examples,), generator=generator)
+
+
+@each_dtype
+def test_metrics_are_computed_in_float32_at_least(dtype):
+    """Those of half-precision logits are those of the same numbers in float32, also under autocast around them."""
+    logits, labels = predictions(dtype)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    wanted = metrics(logits.to(wide), labels)
+    assert all(each.dtype is wide for each in wanted)
+    equal(metrics(logits, labels), wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        equal(metrics(logits, labels), wanted)
+
+
+@each_dtype
+def test_many_votes_and_many_examples(dtype):
+    """300 members of one mind disagree never; 1e5 wrong examples are as wrong as one."""
+    assert fs.ensemble.disagreement(torch.eye(3, dtype=dtype).expand(300, 3, 3)) == 0
+    logits = torch.tensor([[0.0, 2.796875]], dtype=dtype)  # a number of every dtype
+    confidence = 1 / (1 + math.exp(-2.796875))
+    labels = torch.zeros(100_000, dtype=torch.int64)
+    error = fs.ensemble.calibration_error(logits.expand(100_000, 2), labels)
+    assert error.item() == pytest.approx(confidence, rel=1e-6)
+    nats = fs.ensemble.nll(logits.expand(1, 100_000, 2), labels)
+    assert nats.item() == pytest.approx(-math.log(1 - confidence), rel=1e-6)
+
+
+def test_edges_of_bins_are_exact():
+    """0.6000000000000001 lies above 6/10 in float64, and 0.55 below: two bins. An edge belongs to the bin below it."""
+    two = torch.tensor([[0.4054651081081644, 0.0], [0.2006706954621512, 0.0]], dtype=torch.float64)
+    assert two.softmax(-1)[:, 0].tolist() == [0.6000000000000001, 0.55]
+    labels = torch.tensor([0, 1])
+    assert fs.ensemble.calibration_error(two, labels, 10).item() == pytest.approx(0.475, abs=1e-15)
+    edge = torch.tensor([[0.4054651081081642, 0.0], [0.2006706954621512, 0.0]], dtype=torch.float64)
+    assert edge.softmax(-1)[0, 0].item() == 6 / 10
+    assert fs.ensemble.calibration_error(edge, labels, 10).item() == pytest.approx(0.075, abs=1e-15)
+
+
+def test_metrics_commute_with_vmap_and_grad():
+    logits, labels = predictions(torch.float64)
+    pair = torch.stack([logits, 2 * logits])
+    wanted = [torch.stack(each) for each in zip(*(metrics(each, labels) for each in pair), strict=True)]
+    close(list(torch.vmap(metrics, in_dims=(0, None))(pair, labels)), wanted)
+    swapped = torch.stack([labels, labels.flip(0)])
+    wanted = torch.stack([fs.ensemble.nll(logits, each) for each in swapped])
+    close(torch.vmap(fs.ensemble.nll, in_dims=(None, 0))(logits, swapped), wanted)
+    given = logits.clone().requires_grad_()
+    fs.ensemble.nll(given, labels).backward()
+    close(torch.func.grad(fs.ensemble.nll)(logits, labels), given.grad)
+    assert given.grad.any()
+    half = torch.func.grad(fs.ensemble.nll)(logits.half(), labels)
+    close(half.double(), given.grad, rtol=1e-3)
+    assert half.dtype is torch.float16
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_metrics_compile(dtype):
+    given = predictions(dtype)
+    close(torch.compile(metrics, backend="aot_eager", fullgraph=True)(*given), metrics(*given), rtol=1e-6)
+
+
+def test_metrics_and_draws_do_not_depend_on_defaults():
+    """Neither on the default dtype nor on the default device."""
+    given = predictions(torch.float32)
+    wanted = metrics(*given), fs.ensemble.bootstrap(5, [0, 1])
+    with defaults():
+        found = metrics(*given), fs.ensemble.bootstrap(5, [0, 1])
+    equal(found, wanted)
+
+
 W = torch.ones(3, 2)
+LABELS = torch.tensor([0, 1, 1])
 BAD = [
     (lambda: fs.ensemble.init(nn.Identity, []), ValueError, "init: `seeds` must have at least one seed, got none."),
     (lambda: fs.ensemble.init(3, [0]), TypeError, "init: `build` must be a function, got int."),
@@ -356,12 +447,67 @@ BAD = [
     ),
     (lambda: fs.ensemble.average(W), ValueError, "`logits` must have shape (members, examples, classes), got (3, 2)."),
     (
-        lambda: fs.ensemble.calibration_error(W[None], W),
+        lambda: fs.ensemble.calibration_error(W[None], LABELS),
         ValueError,
         "calibration_error: `logits` must have shape (examples, classes), got (1, 3, 2).",
     ),
     (lambda: fs.ensemble.disagreement(W[None]), ValueError, "must be those of at least 2 members, got 1."),
     (lambda: fs.ensemble.bootstrap(0, [1]), ValueError, "bootstrap: `examples` must be at least 1, got 0."),
+    (lambda: fs.ensemble.bootstrap(3, []), ValueError, "bootstrap: `seeds` must have at least one seed, got none."),
+    (lambda: fs.ensemble.average([W]), TypeError, "average: `logits` must be a floating-point tensor, got list."),
+    (
+        lambda: fs.ensemble.disagreement(LABELS.view(3, 1, 1)),
+        TypeError,
+        "disagreement: `logits` must be a floating-point tensor, got torch.int64.",
+    ),
+    (
+        lambda: fs.ensemble.average(W[None, :0]),
+        ValueError,
+        "average: `logits` must have at least one member, example and class, got shape (1, 0, 2).",
+    ),
+    (
+        lambda: fs.ensemble.disagreement(W[None].expand(3, 3, 2)[:, :0]),
+        ValueError,
+        "disagreement: `logits` must have at least one member, example and class, got shape (3, 0, 2).",
+    ),
+    (
+        lambda: fs.ensemble.calibration_error(W[:0], LABELS[:0]),
+        ValueError,
+        "calibration_error: `logits` must have at least one example and class, got shape (0, 2).",
+    ),
+    (
+        lambda: fs.ensemble.nll(W[None], LABELS[:, None]),
+        ValueError,
+        "nll: `labels` must have shape (3,), got (3, 1).",
+    ),
+    (
+        lambda: fs.ensemble.calibration_error(W, LABELS[:, None]),
+        ValueError,
+        "calibration_error: `labels` must have shape (3,), got (3, 1).",
+    ),
+    (lambda: fs.ensemble.nll(W[None], LABELS[:2]), ValueError, "nll: `labels` must have shape (3,), got (2,)."),
+    (
+        lambda: fs.ensemble.calibration_error(W, LABELS.double()),
+        TypeError,
+        "calibration_error: `labels` must be a tensor of whole numbers, got torch.float64.",
+    ),
+    (
+        lambda: fs.ensemble.nll(W[None], LABELS.tolist()),
+        TypeError,
+        "nll: `labels` must be a tensor of whole numbers, got list.",
+    ),
+    (
+        lambda: fs.ensemble.nll(W[None], LABELS > 0),
+        TypeError,
+        "nll: `labels` must be a tensor of whole numbers, got torch.bool.",
+    ),
+    (lambda: fs.ensemble.nll(W[None], LABELS + 1), ValueError, "nll: `labels` must be from 0 to 1, got 2."),
+    (lambda: fs.ensemble.nll(W[None], LABELS - 100), ValueError, "nll: `labels` must be from 0 to 1, got -100."),
+    (
+        lambda: fs.ensemble.calibration_error(W, 2 * LABELS),
+        ValueError,
+        "calibration_error: `labels` must be from 0 to 1, got 2.",
+    ),
 ]
 
 

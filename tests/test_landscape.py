@@ -10,7 +10,7 @@ from torch import nn
 
 import funcsam as fs
 from funcsam import landscape
-from tests.asserts import close, equal
+from tests.asserts import close, defaults, equal
 
 XS, YS = [-1.0, 0.0, 0.5], [0.0, 2.0]
 CHUNKS = (1, 2, 4, 100)
@@ -118,6 +118,15 @@ def test_directions_keep_the_dtype(dtype):
     assert first.dtype is dtype
     norms = [torch.linalg.vector_norm(x.to(torch.complex128), dim=1) for x in (first, weight)]
     close(*norms, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 30000.0), (torch.bfloat16, 1.0)])
+def test_norms_of_filters_are_taken_in_float32(dtype, size):
+    """In float16 that of a filter of large numbers is infinite; in bfloat16 one in a few hundred is off."""
+    weight = torch.full((2, 300), size, dtype=dtype)
+    wanted = torch.full((2, 300), size).double().norm(dim=1).float()
+    close(landscape._norms(weight)[:, 0], wanted, rtol=1e-6)
+    equal(landscape.filter_normalize(torch.ones_like(weight), weight), weight)
 
 
 def test_members_have_directions_of_their_own():
@@ -239,6 +248,34 @@ def test_half_precision_is_the_same_in_batches(dtype):
     close(one, many, rtol=1e-6)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_come_out_in_float32_at_least(dtype, chunk_size):
+    w = torch.ones(2, 2, dtype=dtype)
+    assert landscape.grid(torch.sum, w, (w, w), XS, YS, chunk_size=chunk_size).dtype is torch.float32
+    assert landscape.line(torch.sum, w, w, XS, chunk_size=chunk_size).dtype is torch.float32
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_are_exact_in_the_precision_of_the_params(dtype, default):
+    """0.1 is the 0.1 of the params, whatever the default dtype and the default device are."""
+    w, d, none = torch.zeros(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    ends, losses = torch.tensor([0.1], dtype=dtype), torch.tensor([[0.1]], dtype=dtype)
+    with defaults(default):
+        found = landscape.grid(torch.sum, w, (d, none), [0.1], [0.3]), landscape.line(torch.sum, w, d, [0.1])
+    equal(found, (losses, ends))
+
+
+def test_directions_do_not_depend_on_defaults():
+    """A generator of the CPU draws on the CPU."""
+    params, _ = fs.nn.split(network())
+    wanted = landscape.directions(params)
+    with defaults(torch.float64):
+        found = landscape.directions(params)
+    equal(found, wanted)
+
+
 # Lines
 
 
@@ -332,6 +369,26 @@ CASES = [
         lambda: landscape.grid(torch.sum, W, (W, W), XS, W),
         ValueError,
         "grid: `ys` must have shape (n,) with n at least 1, got (2, 2).",
+    ),
+    (
+        lambda: landscape.grid(torch.sum, W, (W, W), XS, torch.tensor([1j])),
+        TypeError,
+        "grid: `ys` must hold real numbers, got torch.complex64.",
+    ),
+    (
+        lambda: landscape.grid(torch.sum, W, (W, W), 0.5, YS),
+        TypeError,
+        "grid: `xs` must be a tensor of shape (n,) or a sequence of numbers, got float.",
+    ),
+    (
+        lambda: landscape.line(torch.sum, W, W, [0.0, fs.constant(0.5)]),
+        TypeError,
+        "line: `ts` must hold numbers, got function at [1].",
+    ),
+    (
+        lambda: landscape.line(torch.sum, W, W, [0.0, -1e39]),
+        ValueError,
+        "line: `ts` must be finite in torch.float32, got -1e+39 at [1].",
     ),
     (
         lambda: landscape.grid(torch.sum, W, (W, W), [0.0, float("nan")], YS),

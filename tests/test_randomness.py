@@ -145,18 +145,27 @@ def test_vmap_by_hand(randomness):
     assert (drawn[0] == drawn[1]).all() == (randomness == "same")
 
 
-def test_a_model_with_dropout():
-    """At radius 0 the gradient of SAM is the gradient, if the masks are common; otherwise it is another."""
+@pytest.mark.parametrize(
+    "ascent",
+    [fs.sam(0.0), fs.asam(0.0), fs.sharpness_aware(fs.chain(fs.normalize(), fs.scale(0.0)))],
+    ids=["sam", "asam", "sharpness_aware"],
+)
+def test_radius_zero_with_dropout(ascent):
+    """It is the base optimizer if the masks are common; otherwise it is another step, from the same random numbers."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
     grads_fn = fs.grad_and_value(fs.nn.loss_fn(model, lambda model, x: model(x).square().sum()), has_aux=True)
-    params, buffers = fs.nn.split(model)
 
-    def gradient(*parts):
-        tx = fs.chain(*parts)
-        return tx.update(params, grads_fn, tx.init(params), buffers, torch.ones(4, 8))[0]["0.weight"]
+    def trained(*parts):
+        tx, (params, buffers) = fs.chain(*parts, fs.sgd(0.01, momentum=0.9)), fs.nn.split(model)
+        state = tx.init(params)
+        torch.manual_seed(0)
+        for _ in range(3):
+            params, state, (_, buffers) = tx.step(params, grads_fn, state, buffers, torch.ones(4, 8))
+        return params
 
-    equal(gradient(fs.common_randomness(), fs.sam(0.0)), gradient(fs.common_randomness()))
-    assert (gradient(fs.sam(0.0)) != gradient(fs.sam(0.0))).any()
+    equal(trained(fs.common_randomness(), ascent), trained(fs.common_randomness()))
+    assert (trained(ascent)["0.weight"] != trained()["0.weight"]).any()
+    equal(trained(), trained())
 
 
 @pytest.mark.compile

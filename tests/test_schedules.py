@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import funcsam as fs
-from tests.asserts import close
+from tests.asserts import close, defaults, equal
 
 totals = st.integers(2, 50)
 values = st.floats(0.01, 2)
@@ -99,6 +100,36 @@ def test_values_are_tensors_of_shape_none(schedule):
     """A schedule returns float64 of shape (), in which 0.1 is 0.1."""
     value = schedule(torch.tensor(4))
     assert (value.shape, value.dtype) == ((), torch.float64)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+@each_schedule
+def test_a_device_that_may_have_no_float64(schedule, device):
+    """There it is float32. Apple's devices have no float64, and some others only pretend to."""
+    with FakeTensorMode():
+        value = schedule(torch.zeros((), dtype=torch.int64, device=device))
+    assert (value.shape, value.dtype, value.device.type) == ((), torch.float32, device)
+
+
+@each_schedule
+def test_defaults_do_not_matter(schedule):
+    """Neither the default dtype nor the default device."""
+    step, wanted = torch.tensor(4), schedule(torch.tensor(4))
+    with defaults():
+        found = schedule(step)
+    equal(found, wanted)
+
+
+@pytest.mark.compile
+def test_schedules_compile():
+    """In one graph, to the same float64."""
+
+    def values(step):
+        return [schedule(step) for schedule in SCHEDULES.values()]
+
+    compiled = torch.compile(values, backend="aot_eager", fullgraph=True)
+    for step in (torch.tensor(0), torch.tensor(4)):
+        close(compiled(step), values(step), rtol=1e-15)
 
 
 @each_schedule

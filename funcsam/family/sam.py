@@ -18,7 +18,9 @@ def sam(rho: Any = 0.05) -> Transform:
     Args:
         rho: Radius of the neighbourhood, in the units of the params. A non-negative number, a tensor of shape `()`, a
             schedule from the step (int64, shape `()`) to either, or a prefix tree of these: one radius per leaf or
-            subtree. `0` gives back the base optimizer.
+            subtree. `0` gives back the base optimizer, if the loss draws no random numbers: the update is that of the
+            second evaluation, which has other dropout masks than the first. With `common_randomness()` in front it has
+            the same, and `0` is the base optimizer again.
 
     Returns:
         A `Transform` that evaluates `grads_fn` twice a step; its `aux` is that of the params.
@@ -54,7 +56,8 @@ def asam(rho: Any = 2.0, eta: Any = 0.0, mask: tree.Mask = None) -> Transform:
 
     Args:
         rho: Radius in the scaled space, relative to the params. A non-negative number, a tensor of shape `()`, a
-            schedule, or a prefix tree of these. `0` gives back the base optimizer.
+            schedule, or a prefix tree of these. `0` gives back the base optimizer, with dropout only behind
+            `common_randomness()`, as in `sam`.
         eta: Keeps `T` away from zero, in the units of the params; likewise. With `0` the step is invariant under a
             rescaling of the params that leaves the function unchanged, and a param that is zero is not perturbed.
         mask: Where `T = |w| + eta`: a prefix tree of booleans, or a function of path and leaf. Elsewhere `T = 1`.

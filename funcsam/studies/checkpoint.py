@@ -1,6 +1,7 @@
 """Files that are whole or absent: a killed process, a full disk or a power cut leaves the earlier ones as they were."""
 
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -51,12 +52,18 @@ def probe(folder: Path) -> None:
 
 
 def path(out: Path, spec: str) -> Path:
-    """Returns where the checkpoint of an optimizer lies.
+    """Returns where the checkpoint of an optimizer lies: a name that any system takes, and of this spec alone.
 
-    >>> path(Path("run"), "sam:rho=0.5").as_posix()
-    'run/checkpoints/sam-rho-0.5.pt'
+    What is no plain word gets a part of its SHA-256: names may be cut, may not differ by case alone, and `1e-1` and
+    `1e+1` would be one without signs.
+
+    >>> path(Path("run"), "sgd").as_posix(), path(Path("run"), "sam:rho=0.5").as_posix()
+    ('run/checkpoints/sgd.pt', 'run/checkpoints/sam-rho-0.5-4e5df4f39c33.pt')
     """
-    return out / "checkpoints" / (re.sub(r"[^A-Za-z0-9._]+", "-", spec) + ".pt")
+    name = spec
+    if not re.fullmatch("[a-z0-9_]{1,40}", spec):
+        name = f"{re.sub('[^a-z0-9._]+', '-', spec.lower())[:40]}-{hashlib.sha256(spec.encode()).hexdigest()[:12]}"
+    return out / "checkpoints" / f"{name}.pt"
 
 
 def save(path: Path, settings: dict[str, Any], content: dict[str, Any]) -> None:

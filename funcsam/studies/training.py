@@ -283,4 +283,4 @@ def _now(problem: Problem) -> float:
 
 
 def _appended(rows: Tensor, row: Tensor) -> Tensor:
-    return torch.cat([rows, row.to("cpu", torch.float64)[None]])
+    return torch.cat([rows, row.cpu().double()[None]])

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python -m tests.accelerator compare --device standin --no-compile --out /tmp/run ...
 
-What stays behind on the CPU is refused, in training, evaluation, checkpoints and pictures alike. It needs g++ and
-ninja, takes half a minute to build, and is no part of the tests. Second derivatives of convolutions (`measure` of a
-Wide ResNet) hang on it, why is not known.
+What stays behind on the CPU is refused, in training, evaluation, checkpoints and pictures alike, and so is float64. It
+needs g++ and ninja, takes half a minute to build, and is no part of the tests. Second derivatives of convolutions
+(`measure` of a Wide ResNet) hang on it, why is not known.
 """
 
 import sys

@@ -1,6 +1,6 @@
 // A stand-in for an accelerator, to test without one. Its tensors lie in the memory of the CPU and the kernels of the
-// CPU do its work, so every figure is what it is there; but tensors of both devices in one operation are refused, and
-// what a program would have to wait for is counted.
+// CPU do its work, so every figure is what it is there; but tensors of both devices in one operation are refused, so is
+// float64, which Apple's devices do not have, and what a program would have to wait for is counted.
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -95,8 +95,16 @@ at::Tensor plain(const at::Tensor& x) {
   return here(x) ? moved(x, at::kCPU, c10::GetCPUAllocator(), c10::DispatchKeySet(c10::DispatchKey::CPU)) : x;
 }
 
+// Neither float64 nor pairs of them.
+at::ScalarType had(at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(dtype != at::kDouble && dtype != at::kComplexDouble, "standin: there is no ", dtype, " on this device");
+  return dtype;
+}
+
 at::Tensor back(const at::Tensor& x) {
-  return x.defined() && x.is_cpu() ? moved(x, DEVICE, &memory, KEYS) : x;
+  if (!x.defined() || !x.is_cpu()) return x;
+  had(x.scalar_type());
+  return moved(x, DEVICE, &memory, KEYS);
 }
 
 // Lets a tensor that the CPU's kernel has resized follow.
@@ -109,12 +117,12 @@ void follow(const at::Tensor& x, const at::Tensor& written) {
 
 at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
                  std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  return at::detail::empty_generic(size, &memory, KEYS, c10::dtype_or_default(dtype), format);
+  return at::detail::empty_generic(size, &memory, KEYS, had(c10::dtype_or_default(dtype)), format);
 }
 
 at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
                          std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
-  return at::detail::empty_strided_generic(size, stride, &memory, KEYS, c10::dtype_or_default(dtype));
+  return at::detail::empty_strided_generic(size, stride, &memory, KEYS, had(c10::dtype_or_default(dtype)));
 }
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcsam as fs
-from tests.asserts import close, equal
+from tests.asserts import close, defaults, equal
 from tests.strategies import Pair, Problem, call, problems, run, spied, structural
 from tests.zoo import ZOO, Claim, claiming, each
 
@@ -67,6 +67,18 @@ def test_device(entry, problem):
     params = optree.tree_map(lambda leaf: leaf.to("meta"), problem.params)
     answer = entry().update(params, problem.grads_fn, entry().init(params))
     assert all(leaf.is_meta for leaf in optree.tree_leaves(answer))
+
+
+@each
+@structural
+@given(problem=problems())
+def test_defaults(entry, problem):
+    """Neither the default dtype nor the default device of torch changes a step."""
+    tx = entry()
+    wanted = run(tx, problem)
+    with defaults():
+        found = run(tx, problem)
+    equal(found, wanted)
 
 
 @each

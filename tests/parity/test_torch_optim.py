@@ -13,7 +13,7 @@ from hypothesis import assume, given
 
 import funcsam as fs
 from funcsam import tree
-from tests.asserts import close
+from tests.asserts import close, equal
 from tests.strategies import call, flat, problems, run, structural
 
 
@@ -99,3 +99,40 @@ def test_clip(ratio, problem):
     torch.nn.utils.clip_grad_norm_(optree.tree_leaves(params), ratio * norm)
     clipped, _ = call(fs.clip_by_global_norm(ratio * norm), problem)
     close(clipped, optree.tree_map(lambda w: w.grad, params), rtol=2e-6 / norm + 1e-9)
+
+
+UNUSED = {
+    "sgd": (lambda: fs.sgd(0.1, 0.9, weight_decay=0.5), lambda ps: torch.optim.SGD(ps, 0.1, 0.9, weight_decay=0.5)),
+    "adam": (lambda: fs.adam(0.1, weight_decay=0.5), lambda ps: torch.optim.Adam(ps, 0.1, weight_decay=0.5)),
+    "adamw": (lambda: fs.adamw(0.1, weight_decay=0.5), lambda ps: torch.optim.AdamW(ps, 0.1, weight_decay=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_a_param_that_the_loss_does_not_use(name):
+    """Here it decays, as torch's does where its gradient is zero; torch skips it where its `grad` is None."""
+    make, torchs = UNUSED[name]
+    start = {"used": torch.tensor([3.0, -1.0]), "unused": torch.tensor([2.0, 4.0])}
+    grads_fn = fs.grad_and_value(lambda w: w["used"].square().sum())
+
+    def mine(tx):
+        params, state = start, tx.init(start)
+        for _ in range(3):
+            params, state, _ = tx.step(params, grads_fn, state)
+        return params
+
+    def torch_alone(zeros):
+        params = {key: w.clone().requires_grad_() for key, w in start.items()}
+        optimizer = torchs(list(params.values()))
+        for _ in range(3):
+            optimizer.zero_grad()
+            params["used"].square().sum().backward()
+            if zeros:
+                params["unused"].grad = torch.zeros(2)
+            optimizer.step()
+        return {key: w.detach() for key, w in params.items()}
+
+    assert (mine(make())["unused"].abs() < start["unused"].abs()).all()
+    close(mine(make()), torch_alone(zeros=True), rtol=1e-6)
+    equal(torch_alone(zeros=False)["unused"], start["unused"])
+    close(mine(fs.chain(make(), fs.freeze({"used": False, "unused": True}))), torch_alone(zeros=False), rtol=1e-6)
