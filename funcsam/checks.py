@@ -33,8 +33,15 @@ def _number(where: str, name: str, value: Any, path: str, condition: str, holds:
     elif isinstance(value, bool) or not (isinstance(value, Real) or callable(value)):
         kind = f"{type(value).__name__}{_at(path)}"
         raise TypeError(f"{where}: `{name}` must be a number, a tensor of shape () or a schedule, got {kind}.")
-    elif isinstance(value, Real) and not (math.isfinite(value) and holds(value)):
+    elif isinstance(value, Real) and not (_finite(value) and holds(value)):
         raise ValueError(f"{where}: `{name}` must be {condition}, got {value}{_at(path)}.")
+
+
+def _finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _numbers(where: str, condition: str, holds: Callable[[Any], bool], named: dict[str, Tree]) -> None:

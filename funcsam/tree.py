@@ -103,10 +103,26 @@ def zeros_like(x: P) -> P:
     return unflatten(spec, [torch.zeros_like(a) for a in xs], x)
 
 
+def widened(x: P) -> P:
+    """Returns leaves of half precision in float32, and others as they are."""
+    xs, spec = flatten(x)
+    return unflatten(spec, [a.float() if a.dtype in _HALF else a for a in xs], x)
+
+
+def cast(x: P, like: Tree) -> P:
+    """Returns `x` in the dtypes of another tree."""
+    xs, spec = flatten(x)
+    return unflatten(spec, _cast(xs, flatten(like)[0]), x)
+
+
+def device(x: Tree) -> torch.device:
+    """Returns the device of the first leaf; of none, the CPU."""
+    return next((leaf.device for leaf in optree.tree_leaves(x)), torch.device("cpu"))
+
+
 def counter(params: Tree) -> Tensor:
     """Returns a step count of zero, int64 of shape (), on the device of the first leaf."""
-    leaves = optree.tree_leaves(params)
-    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
+    return torch.zeros((), dtype=torch.int64, device=device(params))
 
 
 def add(x: P, y: P, where: str = "step", what: str = "state") -> P:
@@ -244,9 +260,8 @@ def all_finite(x: Tree) -> Tensor:
     leaves = optree.tree_leaves(x)
     if shards.among(leaves):
         return shards.total(leaves, _count_not_finite) == 0
-    device = leaves[0].device if leaves else None
-    finite = [leaf.isfinite().all().to(device) for leaf in leaves]
-    return torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool)
+    finite = [leaf.isfinite().all().to(device(leaves)) for leaf in leaves]
+    return torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool, device="cpu")
 
 
 def _count_not_finite(leaves: list[Tensor]) -> Tensor:
@@ -265,8 +280,7 @@ def norm(x: Tree) -> Tensor:
     """
     leaves = [leaf for leaf in optree.tree_leaves(x) if leaf.numel()]
     if not leaves:
-        device = next((leaf.device for leaf in optree.tree_leaves(x)), None)
-        return torch.zeros((), dtype=torch.float32, device=device)
+        return torch.zeros((), dtype=torch.float32, device=device(x))
     if shards.among(leaves):
         return shards.total(leaves, _square).sqrt()
     if levels.eager() and not any(leaf.dtype in _HALF for leaf in leaves):

@@ -660,3 +660,24 @@ def test_every_measure_cautions():
     """Each docstring that could sell a number says how little it predicts."""
     for name in ("worst_case_sharpness", "average_case_sharpness", "hessian_trace", "hessian_eigenpairs"):
         assert "generalisation only weakly" in " ".join(inspect.getdoc(getattr(measures, name)).split())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_arithmetic_in_half_precision_is_that_of_float32(dtype):
+    """Only the loss sees half: squares overflow there, and small parts vanish."""
+    w = torch.linspace(0.5, 1.5, 2000).to(dtype)
+    weights = torch.linspace(1, 9, 2000)
+
+    def steep(w):
+        return (weights * w.float() ** 2).sum()
+
+    got = measures.worst_case_sharpness(lambda params: steep(params["w"]), {"w": w}, rho=20.0, steps=3)
+    wide = measures.worst_case_sharpness(
+        lambda params: steep(params["w"].to(dtype)), {"w": w.float()}, rho=20.0, steps=3
+    )
+    equal(got, wide)
+    close(
+        measures.gradient_norm(lambda params: steep(params["w"]), {"w": w}),
+        (2 * weights * w.float()).to(dtype).float().norm(),
+        1e-6,
+    )

@@ -65,7 +65,7 @@ def average_case_sharpness(
     """
     where = "average_case_sharpness"
     near = neighbourhood(where, rho, adaptive, eta, mask)
-    loss = checked(where, loss_fn, params)
+    loss, params = checked(where, loss_fn, params)
     start = loss(params, *batch)
 
     def rise(noise: P) -> Tensor:

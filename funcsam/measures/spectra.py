@@ -37,7 +37,8 @@ def _product(where: str, loss_fn: Loss, params: Any, batch: tuple[Any, ...]) -> 
     mode over reverse mode would need less memory, but repeats the gradient in every product and fails where an
     operation has no forward derivative, as many that are written by hand have not.
     """
-    loss, real = checked(where, loss_fn, params), tree.real_views(params)
+    loss, params = checked(where, loss_fn, params)
+    real = tree.real_views(params)
     if not tree.flatten(real)[0]:
         return lambda v: v, real
     grads_fn = grad_and_value(lambda real: loss(tree.like_views(real, params), *batch), backend="func")
@@ -172,7 +173,11 @@ class _NotDifferentiable(torch.autograd.Function):
 def _dot(x: Any, y: Any, real: Any) -> Tensor:
     dtype = tree.real_dtype(real)
     sums = [torch.sum(a * b, dtype=dtype) for a, b in zip(tree.flatten(x)[0], tree.flatten(y)[0], strict=True)]
-    return torch.stack([each.to(sums[0].device) for each in sums]).sum() if sums else torch.zeros((), dtype=dtype)
+    return (
+        torch.stack([each.to(sums[0].device) for each in sums]).sum()
+        if sums
+        else torch.zeros((), dtype=dtype, device=tree.device(real))
+    )
 
 
 def _flat(x: Any) -> Tensor:

@@ -59,21 +59,22 @@ def neighbourhood(where: str, rho: Any, adaptive: bool, eta: Any, mask: tree.Mas
     return Neighbourhood(adaptive, eta, mask)
 
 
-def checked(where: str, loss_fn: Loss, params: Any) -> Loss:
-    """Looks at the params, and returns the loss as a function whose answers are looked at and have 32 bits at least."""
+def checked(where: str, loss_fn: Loss, given: P) -> tuple[Loss, P]:
+    """Looks at params and answers, and brings both to 32 bits at least; the user's loss sees the dtypes given."""
     checks.function(where, loss_fn=loss_fn)
-    checks.params(where, params)
+    checks.params(where, given)
+    wide = tree.widened(given)
 
     def loss(params: Any, *batch: Any) -> Tensor:
         with levels.fresh():
-            value = loss_fn(params, *batch)
+            value = loss_fn(tree.cast(params, given), *batch)
         if not isinstance(value, Tensor) or value.ndim or value.is_complex():
             got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             hint = " Take the loss out of it, and of `nn.loss_fn` the first." if isinstance(value, tuple) else ""
             raise TypeError(f"{where}: `loss_fn` must return a real tensor of shape (), got {got}.{hint}")
         return value.to(torch.promote_types(value.dtype, torch.float32))
 
-    return loss
+    return loss, wide
 
 
 def generator(where: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -34,7 +34,8 @@ def gradient_norm(loss_fn: Loss, params: Any, *batch: Any) -> Tensor:
     >>> gradient_norm(lambda w: w @ torch.tensor([3.0, 4.0]), torch.tensor([1.0, 1.0]))
     tensor(5.)
     """
-    return tree.norm(grad_and_value(checked("gradient_norm", loss_fn, params))(params, *batch)[0])
+    loss, params = checked("gradient_norm", loss_fn, params)
+    return tree.norm(grad_and_value(loss)(params, *batch)[0])
 
 
 def worst_case_sharpness(
@@ -94,7 +95,7 @@ def worst_case_sharpness(
     where = "worst_case_sharpness"
     near = neighbourhood(where, rho, adaptive, eta, mask)
     checks.count(where, steps=steps)
-    return _rise(checked(where, loss_fn, params), params, batch, rho, steps, near)
+    return _rise(*checked(where, loss_fn, params), batch, rho, steps, near)
 
 
 def _rise(
@@ -172,7 +173,7 @@ def m_sharpness(
     where = "m_sharpness"
     near = neighbourhood(where, rho, adaptive, eta, mask)
     checks.count(where, m=m, steps=steps, **({} if chunk_size is None else {"chunk_size": chunk_size}))
-    loss = checked(where, loss_fn, params)
+    loss, params = checked(where, loss_fn, params)
     examples = taken_apart(where, batch, in_dims).size
     if m > examples:
         raise ValueError(f"{where}: `m` must be at most the number of examples, got {m} for {examples}.")
