@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcsam import checks, tree
+from funcsam.records import factory
 from funcsam.transform import Aux, GradsFn, State, Transform
 
 P = TypeVar("P")
@@ -107,6 +108,7 @@ def _flat_mean(stacked: Any) -> Any:
     return optree.tree_unflatten(spec, means)
 
 
+@factory
 def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | None = None) -> Transform:
     """Applies a transform to `m` slices of the batch and averages what comes out.
 
@@ -129,7 +131,8 @@ def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | 
         TypeError: If `inner` is not a `Transform`, or what is to be sliced is not a tensor.
         ValueError: If there are fewer examples than slices, or `in_dims` does not fit the batch.
 
-    >>> from funcsam.transform import identity
+    >>> from funcsam.records import factory
+from funcsam.transform import identity
     >>> tx = microbatch(identity(), 2)
     >>> grads_fn = torch.func.grad(lambda w, x: (w * x).mean())
     >>> tx.update(torch.tensor(1.0), grads_fn, (), torch.tensor([1.0, 2.0, 6.0]))[0]
@@ -160,7 +163,7 @@ def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | 
         )
         return answer
 
-    return Transform(inner._init, update)
+    return Transform(inner._init, update, object)
 
 
 def _chunks(examples: int, m: int, chunk_size: int | None) -> list[tuple[int, int, int]]:
@@ -191,6 +194,7 @@ def _at_once(one: Callable[..., Any], whole: Batch, start: int, count: int, size
     return _flat_mean(torch.vmap(slices, in_dims=in_dims, randomness="different")(*moving))
 
 
+@factory
 def ascent_batch(fraction: float, in_dims: InDims = 0) -> Transform:
     """Evaluates gradients on the first part of the batch only.
 
@@ -219,4 +223,4 @@ def ascent_batch(fraction: float, in_dims: InDims = 0) -> Transform:
         grads, aux = grads_fn(params, *whole.put(whole.part(0, math.ceil(fraction * whole.size))))
         return grads, state, aux
 
-    return Transform(lambda params: (), update)
+    return Transform(lambda params: (), update, ())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from funcsam import checks, tree
 from funcsam import nn as modules
 from funcsam.batches import taken_apart
+from funcsam.records import factory
 from funcsam.transform import Aux, GradsFn, State, Transform
 
 P = TypeVar("P")
@@ -124,6 +125,7 @@ def size(stacked: Any, where: str = "size", what: str = "stacked") -> int:
     return next(iter(sizes))
 
 
+@factory
 def vectorize(
     tx: Transform | Callable[..., Transform],
     hyper: Mapping[str, Any] | None = None,
@@ -204,7 +206,7 @@ def vectorize(
             answer = torch.vmap(one, in_dims=(0, 0, 0, *dims), **across)(*given)
         return answer
 
-    return Transform(start, update)
+    return Transform(start, update, object)
 
 
 def _looped(one: Callable[..., Any], given: tuple[Any, ...], in_dims: tuple[Any, ...]) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcsam import levels, tree
+from funcsam.records import factory
 from funcsam.transform import Aux, GradsFn, State, Transform, saveable
 
 P = TypeVar("P")
@@ -58,6 +59,7 @@ def _forked(generators: dict[str, Tensor]) -> Iterator[None]:
         _write(before)
 
 
+@factory
 def common_randomness(seed: int = 0) -> Transform:
     """Lets every evaluation of a step see the same random numbers: one set of dropout masks for `w` and `w + e`.
 
@@ -99,4 +101,4 @@ def common_randomness(seed: int = 0) -> Transform:
             after = _read(state.generators)
         return grads, RandomnessState(state.step + 1, after), aux
 
-    return Transform(init, update)
+    return Transform(init, update, RandomnessState)

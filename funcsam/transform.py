@@ -8,12 +8,14 @@ the first evaluation a transform asks for.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
+import optree
 import torch
 from torch import Tensor
 
 from funcsam import checks, tree
+from funcsam.records import Recorded, factory, leaves
 
 P = TypeVar("P")
 State = Any
@@ -23,13 +25,15 @@ GradsFn = Callable[..., Any]
 Init = Callable[[Any], State]
 Update = Callable[..., tuple[Any, State, Aux]]
 PlainUpdate = Callable[[Any, State, Any], tuple[Any, State]]
+StateClass = type | tuple[()] | None
 
 C = TypeVar("C", bound=type)
 
 
 def saveable(cls: C) -> C:
-    """Lets `torch.load(weights_only=True)` read states that hold this NamedTuple."""
+    """Lets `torch.load(weights_only=True)` read states that hold this NamedTuple, whose tensors have shape ()."""
     torch.serialization.add_safe_globals([cls])
+    cast(Any, cls)._scalars = tuple(name for name, hint in cls.__annotations__.items() if hint is Tensor)
     return cls
 
 
@@ -76,19 +80,32 @@ def _like(leaves: list[Tensor], grads: list[Tensor], whole: P, params: P) -> P:
     return tree.unflatten(tree.flatten(whole)[1], dense, whole)
 
 
-class Transform:
+class Transform(Recorded):
     """A pair of pure functions that turns the gradients of a function into updates.
+
+    It is shown, copied and pickled as the call that made it: `chain(sam(rho=0.05), sgd(lr=0.1))`.
 
     Args:
         init: `init(params) -> state`, a pytree of tensors whose structure depends on the params alone.
         update: `update(params, grads_fn, state, *batch) -> (updates, state, aux)`. Updates have the structure of the
             params and are *added* to them.
+        state: Class of the states that `init` returns, a NamedTuple, or `()` if there are none; others are refused.
+            `None` refuses states that hold anything but tensors, `object` refuses nothing.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
     """
 
-    def __init__(self, init: Init, update: Update) -> None:
+    _probes = False
+
+    def __init__(self, init: Init, update: Update, state: StateClass = None) -> None:
         checks.function("Transform", init=init, update=update)
+        if not (state is None or state == () or isinstance(state, type)):
+            raise TypeError(f"Transform: `state` must be a class, () or None, got {type(state).__name__}.")
         self._init = init
-        self._update = update
+        self._rule = update
+        self._state = state
+        self._scalars: tuple[str, ...] = getattr(state, "_scalars", ())
         self._parts: tuple[Transform, ...] = (self,)
 
     def init(self, params: Any) -> State:
@@ -119,11 +136,57 @@ class Transform:
         checked = grads_fn if isinstance(grads_fn, _Checked) else _Checked(grads_fn)
         return self._update(tree.detached(params), checked, state, *batch)
 
+    def _update(self, params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+        """Does what `update` does inside another transform: the params and `grads_fn` are checked already."""
+        self._check(state)
+        return self._rule(params, grads_fn, state, *batch)
+
+    def _check(self, state: State) -> None:
+        """Raises unless the state is of the declared class, and its counters are tensors of shape ()."""
+        kind = self._state
+        if kind is object:
+            return
+        if kind is None:
+            if all(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(state, tree.empty, none_is_leaf=True)):
+                return
+            must = "a tree of tensors"
+        elif not isinstance(kind, type):
+            if type(state) is tuple and not state:
+                return
+            must = "()"
+        else:
+            must = f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
+            if isinstance(state, kind):
+                for name in self._scalars:
+                    scalar = getattr(state, name)
+                    if not isinstance(scalar, Tensor) or scalar.ndim:
+                        must, state = f"{must} whose `{name}` is a tensor of shape ()", scalar
+                        break
+                else:
+                    return
+        raise ValueError(f"{self._name}: `state` must be {must}, got {kind_of(state)}. Make it with `init`.")
+
+    def _prober(self) -> "Transform | None":
+        """Returns what asks for gradients of its own, of this transform and those inside, as far as that is known."""
+        if self._probes:
+            return self
+        inside = [leaf for leaf in leaves(self._record[1:]) if isinstance(leaf, Transform)]
+        return next((found for found in (each._prober() for each in inside) if found is not None), None)
+
     def step(self, params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
         """Updates and applies the updates; returns `(params, state, aux)`."""
         params = tree.detached(params)
         updates, state, aux = self.update(params, grads_fn, state, *batch)
         return tree.add(params, updates, "apply_updates", "updates"), state, aux
+
+
+def kind_of(x: Any) -> str:
+    """Says in an error what has been given in the place of a state."""
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {tuple(x.shape)}"
+    if type(x) in (tuple, list, dict):
+        return f"{type(x).__name__} of {len(x)} entries"
+    return type(x).__name__
 
 
 def apply_updates(params: P, updates: P) -> P:
@@ -138,12 +201,17 @@ def apply_updates(params: P, updates: P) -> P:
     return tree.add(tree.detached(params), updates, "apply_updates", "updates")
 
 
-def lift(init: Init, update: PlainUpdate) -> Transform:
+@factory
+def lift(init: Init, update: PlainUpdate, state: StateClass = None) -> Transform:
     """Makes a `Transform` of a plain gradient transformation, the way optax users write it.
 
     Args:
         init: `init(params) -> state`.
         update: `update(grads, state, params) -> (updates, state)`.
+        state: Class of the states, `()` or `None`, as in `Transform`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
 
     >>> halve = lift(lambda params: (), lambda grads, state, params: (tree.scale(0.5, grads), state))
     >>> halve.update(torch.tensor(3.0), torch.func.grad(lambda w: w * w), ())
@@ -156,7 +224,7 @@ def lift(init: Init, update: PlainUpdate) -> Transform:
         updates, state = update(grads, state, params)
         return updates, state, aux
 
-    return Transform(init, lifted)
+    return Transform(init, lifted, state)
 
 
 class Kept(NamedTuple):
@@ -201,10 +269,10 @@ def chain(*transforms: Transform) -> Transform:
         return tuple(part._init(params) for part in parts)
 
     def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
-        if not isinstance(state, tuple) or len(state) != len(parts):
-            got = f"{len(state)} states" if isinstance(state, tuple) else type(state).__name__
+        if type(state) is not tuple or len(state) != len(parts):
+            got = f"{len(state)} states" if type(state) is tuple else kind_of(state)
             raise ValueError(
-                f"chain: `state` must be a tuple of {len(parts)} states, one per transform, got {got}. "
+                f"{composition._name}: `state` must be a tuple of {len(parts)} states, one per transform, got {got}. "
                 "Make it with `init`."
             )
 
@@ -217,11 +285,12 @@ def chain(*transforms: Transform) -> Transform:
         updates, (states, aux) = composed(params, *batch)
         return updates, states, aux
 
-    composition = Transform(init, update)
-    composition._parts = parts
+    composition = Transform(init, update, object if parts else ())
+    composition._parts, composition._record = parts, (chain, transforms, {})
     return composition
 
 
+@factory
 def identity() -> Transform:
     """Passes gradients on unchanged: the unit of `chain`."""
     return chain()
