@@ -131,8 +131,7 @@ def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | 
         TypeError: If `inner` is not a `Transform`, or what is to be sliced is not a tensor.
         ValueError: If there are fewer examples than slices, or `in_dims` does not fit the batch.
 
-    >>> from funcsam.records import factory
-from funcsam.transform import identity
+    >>> from funcsam.transform import identity
     >>> tx = microbatch(identity(), 2)
     >>> grads_fn = torch.func.grad(lambda w, x: (w * x).mean())
     >>> tx.update(torch.tensor(1.0), grads_fn, (), torch.tensor([1.0, 2.0, 6.0]))[0]
@@ -163,7 +162,7 @@ from funcsam.transform import identity
         )
         return answer
 
-    return Transform(inner._init, update, object)
+    return Transform(inner._init, update, object, lambda state: [(inner, state)])
 
 
 def _chunks(examples: int, m: int, chunk_size: int | None) -> list[tuple[int, int, int]]:

@@ -23,7 +23,7 @@ from funcsam import checks, tree
 from funcsam import nn as modules
 from funcsam.batches import taken_apart
 from funcsam.records import factory
-from funcsam.transform import Aux, GradsFn, State, Transform
+from funcsam.transform import Aux, GradsFn, State, Transform, kind_of
 
 P = TypeVar("P")
 Randomness = Literal["same", "different", "error"]
@@ -191,12 +191,15 @@ def vectorize(
 
     def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
         members(params)
+        _check_stacked(params, state)
         if isinstance(in_dims, tuple) and len(in_dims) != len(batch):
             got = f"{len(in_dims)} for {len(batch)}"
             raise ValueError(f"vectorize: `in_dims` must have one entry per argument of the batch, got {got}.")
 
         def one(numbers: Any, params: P, state: State, *batch: Any) -> tuple[P, State, Aux]:
-            return made(numbers)._update(params, grads_fn, state, *batch)
+            transform = made(numbers)
+            transform._check(state)
+            return transform._update(params, grads_fn, state, *batch)
 
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(batch)
         given = (numbers, params, state, *batch)
@@ -207,6 +210,18 @@ def vectorize(
         return answer
 
     return Transform(start, update, object)
+
+
+def _check_stacked(params: Any, state: State) -> None:
+    count = next((leaf.shape[0] for leaf in optree.tree_leaves(params)), 0)
+    for position, leaf in enumerate(optree.tree_leaves(state, tree.empty, none_is_leaf=True)):
+        if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,):
+            continue
+        path = optree.tree_accessors(state, tree.empty, none_is_leaf=True)[position].codify("") or "the root"
+        raise ValueError(
+            f"vectorize: `state` must hold tensors with one entry per member, {count}, along the first axis, got "
+            f"{kind_of(leaf)} at {path}. Make it with `init`."
+        )
 
 
 def _looped(one: Callable[..., Any], given: tuple[Any, ...], in_dims: tuple[Any, ...]) -> Any:

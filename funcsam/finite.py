@@ -63,4 +63,4 @@ def apply_if_finite(inner: Transform) -> Transform:
         updates, still = kept(finite, updates, moved, state.inner)
         return updates, ApplyIfFiniteState(state.skipped + ~finite, still), aux
 
-    return Transform(init, update, ApplyIfFiniteState)
+    return Transform(init, update, ApplyIfFiniteState, lambda state: [(inner, state.inner)])

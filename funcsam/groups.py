@@ -1,6 +1,6 @@
 """Parameter groups: different transforms for different leaves."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import optree
@@ -102,7 +102,12 @@ def _partition(spread: Callable[[Any], list[Any]], transforms: Mapping[Any, Tran
             updates = group.put(moved, updates)
         return updates, new, aux
 
-    whole = Transform(init, update, object)
+    def inside(state: State) -> Iterable[tuple[Transform, State]]:
+        if not isinstance(state, dict):
+            return ()
+        return [(transforms[label], own) for label, own in state.items() if label in transforms]
+
+    whole = Transform(init, update, object, inside)
     return whole
 
 

@@ -85,7 +85,7 @@ def dynamic_loss_scale(
         tracker = torch.where(finite & (tracker < growth_interval), tracker, torch.zeros_like(tracker))
         return updates, LossScaleState(scale, tracker, still), aux
 
-    return Transform(init, update, LossScaleState)
+    return Transform(init, update, LossScaleState, lambda state: [(inner, state.inner)])
 
 
 def _unscaled(grads_fn: GradsFn, scale: Tensor) -> GradsFn:

@@ -112,7 +112,9 @@ def scale_by_adam(
             checks.same("step", "state", moment, like)
         count = (state.step + 1).to(tree.real_dtype(params))
         decay, decay_square, floor = (schedules.at(value, state.step) for value in (b1, b2, eps))
-        g, m, v = (tree.real_views(each) for each in (grads, state.mean, state.square))
+        g, m, v = grads, state.mean, state.square
+        if any(leaf.is_complex() for leaf in tree.flatten(params)[0]):
+            g, m, v = (tree.real_views(each) for each in (grads, state.mean, state.square))
         m = tree.lerp(m, g, 1 - decay)
         v = tree.lerp(v, tree.multiply(g, g), 1 - decay_square)
         bound = tree.maximum(tree.real_views(state.largest), v) if amsgrad else v

@@ -21,6 +21,7 @@ class Recorded:
     _record: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Records the call of the class."""
         made = super().__new__(cls)
         made._record = (cls, args, kwargs)
         return made

@@ -113,6 +113,6 @@ def sharpness_aware(
             updates = tree.where(pick, updates, grads)
         return updates, new_state, aux
 
-    probing = Transform(init, update, SharpnessAwareState)
+    probing = Transform(init, update, SharpnessAwareState, lambda state: [(ascent, state.ascent)])
     probing._probes = True
     return probing

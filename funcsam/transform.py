@@ -7,7 +7,7 @@ What happens at the params is kept; probes leave no trace: `aux` and the states 
 the first evaluation a transform asks for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import optree
@@ -26,6 +26,7 @@ Init = Callable[[Any], State]
 Update = Callable[..., tuple[Any, State, Aux]]
 PlainUpdate = Callable[[Any, State, Any], tuple[Any, State]]
 StateClass = type | tuple[()] | None
+Inside = Callable[[State], Iterable[tuple["Transform", State]]]
 
 C = TypeVar("C", bound=type)
 
@@ -91,6 +92,7 @@ class Transform(Recorded):
             params and are *added* to them.
         state: Class of the states that `init` returns, a NamedTuple, or `()` if there are none; others are refused.
             `None` refuses states that hold anything but tensors, `object` refuses nothing.
+        inside: `inside(state)` returns pairs of a transform inside this one and the state of it, to be checked too.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -98,13 +100,14 @@ class Transform(Recorded):
 
     _probes = False
 
-    def __init__(self, init: Init, update: Update, state: StateClass = None) -> None:
+    def __init__(self, init: Init, update: Update, state: StateClass = None, inside: Inside | None = None) -> None:
         checks.function("Transform", init=init, update=update)
-        if not (state is None or state == () or isinstance(state, type)):
+        if not (state is None or isinstance(state, type) or (isinstance(state, tuple) and not state)):
             raise TypeError(f"Transform: `state` must be a class, () or None, got {type(state).__name__}.")
         self._init = init
-        self._rule = update
+        self._update = update
         self._state = state
+        self._inside = inside
         self._scalars: tuple[str, ...] = getattr(state, "_scalars", ())
         self._parts: tuple[Transform, ...] = (self,)
 
@@ -133,38 +136,36 @@ class Transform(Recorded):
             TypeError: If `grads_fn` is not a function, or returns something else.
             ValueError: If gradients or state do not fit the params.
         """
+        self._check(state)
         checked = grads_fn if isinstance(grads_fn, _Checked) else _Checked(grads_fn)
         return self._update(tree.detached(params), checked, state, *batch)
 
-    def _update(self, params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
-        """Does what `update` does inside another transform: the params and `grads_fn` are checked already."""
-        self._check(state)
-        return self._rule(params, grads_fn, state, *batch)
-
     def _check(self, state: State) -> None:
-        """Raises unless the state is of the declared class, and its counters are tensors of shape ()."""
-        kind = self._state
-        if kind is object:
-            return
-        if kind is None:
-            if all(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(state, tree.empty, none_is_leaf=True)):
-                return
-            must = "a tree of tensors"
-        elif not isinstance(kind, type):
-            if type(state) is tuple and not state:
-                return
-            must = "()"
-        else:
-            must = f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
-            if isinstance(state, kind):
-                for name in self._scalars:
-                    scalar = getattr(state, name)
-                    if not isinstance(scalar, Tensor) or scalar.ndim:
-                        must, state = f"{must} whose `{name}` is a tensor of shape ()", scalar
-                        break
-                else:
-                    return
-        raise ValueError(f"{self._name}: `state` must be {must}, got {kind_of(state)}. Make it with `init`.")
+        """Raises unless the states of this transform and of those inside are of their classes."""
+        if not self._fits(state):
+            raise ValueError(f"{self._name}: `state` must be {self._wanted(state)}. Make it with `init`.")
+        if self._inside is not None:
+            for transform, own in self._inside(state):
+                transform._check(own)
+
+    def _fits(self, state: State) -> bool:
+        if self._state is object:
+            return True
+        if self._state is None:
+            return all(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(state, tree.empty, none_is_leaf=True))
+        if not isinstance(self._state, type):
+            return type(state) is tuple and not state
+        return isinstance(state, self._state) and all(_scalar(getattr(state, name)) for name in self._scalars)
+
+    def _wanted(self, state: State) -> str:
+        if not isinstance(self._state, type):
+            return f"{'a tree of tensors' if self._state is None else '()'}, got {kind_of(state)}"
+        name = self._state.__name__
+        wanted = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+        if not isinstance(state, self._state):
+            return f"{wanted}, got {kind_of(state)}"
+        field = next(field for field in self._scalars if not _scalar(getattr(state, field)))
+        return f"{wanted} whose `{field}` is a tensor of shape (), got {kind_of(getattr(state, field))}"
 
     def _prober(self) -> "Transform | None":
         """Returns what asks for gradients of its own, of this transform and those inside, as far as that is known."""
@@ -178,6 +179,10 @@ class Transform(Recorded):
         params = tree.detached(params)
         updates, state, aux = self.update(params, grads_fn, state, *batch)
         return tree.add(params, updates, "apply_updates", "updates"), state, aux
+
+
+def _scalar(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.ndim
 
 
 def kind_of(x: Any) -> str:
@@ -268,14 +273,16 @@ def chain(*transforms: Transform) -> Transform:
     def init(params: Any) -> State:
         return tuple(part._init(params) for part in parts)
 
-    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+    def inside(state: State) -> Iterable[tuple[Transform, State]]:
         if type(state) is not tuple or len(state) != len(parts):
             got = f"{len(state)} states" if type(state) is tuple else kind_of(state)
             raise ValueError(
                 f"{composition._name}: `state` must be a tuple of {len(parts)} states, one per transform, got {got}. "
                 "Make it with `init`."
             )
+        return zip(parts, state, strict=True)
 
+    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
         def composed(params: P, *batch: Any) -> tuple[P, Kept]:
             grads, aux = grads_fn(params, *batch)
             return grads, Kept((), aux)
@@ -285,7 +292,7 @@ def chain(*transforms: Transform) -> Transform:
         updates, (states, aux) = composed(params, *batch)
         return updates, states, aux
 
-    composition = Transform(init, update, object if parts else ())
+    composition = Transform(init, update, object, inside) if parts else Transform(init, update, ())
     composition._parts, composition._record = parts, (chain, transforms, {})
     return composition
 

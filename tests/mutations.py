@@ -374,8 +374,8 @@ MUTATIONS += [
     Mutation(
         "all members have one hyperparameter",
         "ensemble.py",
-        "made(numbers)._update",
-        "made(member(hyper, 0))._update",
+        "transform = made(numbers)\n            transform._check",
+        "transform = made(member(hyper, 0))\n            transform._check",
         ENSEMBLE,
     ),
     Mutation("logits are averaged", "ensemble.py", "F.log_softmax(logits, -1), 0", "logits, 0", ENSEMBLE),
