@@ -23,7 +23,7 @@ from funcsam import checks, tree
 from funcsam import nn as modules
 from funcsam.batches import taken_apart
 from funcsam.records import factory
-from funcsam.transform import Aux, GradsFn, State, Transform, kind_of
+from funcsam.transform import Aux, GradsFn, State, Transform, misfit
 
 P = TypeVar("P")
 Randomness = Literal["same", "different", "error"]
@@ -214,13 +214,11 @@ def vectorize(
 
 def _check_stacked(params: Any, state: State) -> None:
     count = next((leaf.shape[0] for leaf in optree.tree_leaves(params)), 0)
-    for position, leaf in enumerate(optree.tree_leaves(state, tree.empty, none_is_leaf=True)):
-        if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,):
-            continue
-        path = optree.tree_accessors(state, tree.empty, none_is_leaf=True)[position].codify("") or "the root"
+    got = misfit(state, lambda leaf: isinstance(leaf, Tensor) and leaf.shape[:1] == (count,))
+    if got is not None:
         raise ValueError(
-            f"vectorize: `state` must hold tensors with one entry per member, {count}, along the first axis, got "
-            f"{kind_of(leaf)} at {path}. Make it with `init`."
+            f"vectorize: `state` must hold tensors with one entry for each of the {count} members along the first "
+            f"axis, got {got}. Make it with `init`."
         )
 
 

@@ -107,8 +107,8 @@ def _bound(made: Recorded) -> list[Any]:
 def _equal(x: Any, y: Any) -> bool:
     if isinstance(x, list | tuple) and isinstance(y, list | tuple):
         return len(x) == len(y) and all(map(_equal, x, y))
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return x is y or (x.dtype == y.dtype and torch.equal(x, y))
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        return x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype and torch.equal(x, y))
     return bool(x == y)
 
 

@@ -152,14 +152,16 @@ class Transform(Recorded):
         if self._state is object:
             return True
         if self._state is None:
-            return all(isinstance(leaf, Tensor) for leaf in optree.tree_leaves(state, tree.empty, none_is_leaf=True))
+            return misfit(state, _tensor) is None
         if not isinstance(self._state, type):
             return type(state) is tuple and not state
         return isinstance(state, self._state) and all(_scalar(getattr(state, name)) for name in self._scalars)
 
     def _wanted(self, state: State) -> str:
+        if self._state is None:
+            return f"a tree of tensors, got {misfit(state, _tensor)}"
         if not isinstance(self._state, type):
-            return f"{'a tree of tensors' if self._state is None else '()'}, got {kind_of(state)}"
+            return f"(), got {kind_of(state)}"
         name = self._state.__name__
         wanted = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
         if not isinstance(state, self._state):
@@ -185,13 +187,26 @@ def _scalar(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.ndim
 
 
+def _tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
 def kind_of(x: Any) -> str:
     """Says in an error what has been given in the place of a state."""
     if isinstance(x, Tensor):
         return f"a tensor of shape {tuple(x.shape)}"
     if type(x) in (tuple, list, dict):
-        return f"{type(x).__name__} of {len(x)} entries"
+        return f"{type(x).__name__} of {len(x)} {'entry' if len(x) == 1 else 'entries'}"
     return type(x).__name__
+
+
+def misfit(state: State, fits: Callable[[Any], bool]) -> str | None:
+    """Says what the first leaf that does not fit is, and where; `None` is a leaf, and an empty dict holds none."""
+    for position, leaf in enumerate(optree.tree_leaves(state, tree.empty, none_is_leaf=True)):
+        if not (tree.empty(leaf) or fits(leaf)):
+            path = optree.tree_accessors(state, tree.empty, none_is_leaf=True)[position].codify("")
+            return f"{kind_of(leaf)} at {path}" if path else kind_of(leaf)
+    return None
 
 
 def apply_updates(params: P, updates: P) -> P:
