@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import pickle
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, Self, TypeVar
 
@@ -118,10 +119,18 @@ def _check_pickles(where: str, name: str, leaf: Any) -> None:
     try:
         pickle.dumps(leaf)
     except Exception as error:
+        if _by_value():
+            return
         raise pickle.PicklingError(
             f"{where}: `{name}` must be something that pickle can save, got {_shown(leaf)}. "
             "Define functions with `def` at the top level of a module."
         ) from error
+
+
+def _by_value() -> bool:
+    """Tells whether cloudpickle or dill is at work, which save what pickle cannot."""
+    modules = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_stack(None)}
+    return any(module.endswith(("cloudpickle", "dill._dill")) for module in modules)
 
 
 def _call(name: str, given: list[tuple[str, Any]]) -> str:

@@ -27,7 +27,7 @@ def at(value: Any, step: Tensor) -> Any:
     return optree.tree_map(lambda leaf: leaf(step) if callable(leaf) else leaf, value)
 
 
-class _Made(Recorded):
+class _Schedule(Recorded):
     """A schedule that knows how it was made."""
 
     def __init__(self, rule: Schedule) -> None:
@@ -37,7 +37,7 @@ class _Made(Recorded):
         return self._rule(step)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Made) and equal(self, other)
+        return isinstance(other, _Schedule) and equal(self, other)
 
     def __hash__(self) -> int:
         return hash(self._name)
@@ -55,7 +55,7 @@ def constant(value: Number) -> Schedule:
     0.1
     """
     checks.finite("constant", value=value)
-    return _Made(lambda step: value * torch.ones_like(_real(step)))
+    return _Schedule(lambda step: value * torch.ones_like(_real(step)))
 
 
 @factory
@@ -90,7 +90,7 @@ def step_decay(
             rate = torch.where(step >= start, rate * factor, rate)
         return rate
 
-    return _Made(schedule)
+    return _Schedule(schedule)
 
 
 @factory
@@ -115,7 +115,7 @@ def cosine(value: Number, total_steps: int, end: float = 0.0) -> Schedule:
         done = torch.clamp(_real(step) / total_steps, max=1.0)
         return end + (value - end) * 0.5 * (1 + torch.cos(torch.pi * done))
 
-    return _Made(schedule)
+    return _Schedule(schedule)
 
 
 @factory
@@ -142,4 +142,4 @@ def warmup_cosine(value: Number, warmup_steps: int, total_steps: int, end: float
     def schedule(step: Tensor) -> Tensor:
         return torch.where(step < warmup_steps, value * _real(step) / warmup_steps, fall(step - warmup_steps))
 
-    return _Made(schedule)
+    return _Schedule(schedule)

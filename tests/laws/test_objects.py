@@ -293,6 +293,13 @@ def test_what_cannot_be_pickled_says_why(make, text):
     assert str(caught.value).endswith(". Define functions with `def` at the top level of a module.")
 
 
+def test_cloudpickle():
+    """Saves functions by value, lambdas too."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    tx = pickle.loads(cloudpickle.dumps(fs.chain(fs.sgd(0.1), fs.freeze(lambda path, leaf: path[-1:] == ("w",)))))
+    equal(call(tx, PROBLEM), call(fs.chain(fs.sgd(0.1), fs.freeze(is_weight)), PROBLEM))
+
+
 def _spawned(queue, tx, state):
     params, _, _ = tx.step(PROBLEM.params, PROBLEM.grads_fn, state)
     queue.put([leaf.tolist() for leaf in optree.tree_leaves(params)])
