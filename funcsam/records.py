@@ -128,9 +128,8 @@ def _check_pickles(where: str, name: str, leaf: Any) -> None:
 
 
 def _by_value() -> bool:
-    """Tells whether cloudpickle or dill is at work, which save what pickle cannot."""
-    modules = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_stack(None)}
-    return any(module.endswith(("cloudpickle", "dill._dill")) for module in modules)
+    """Tells whether cloudpickle is at work, which saves functions that pickle cannot."""
+    return any(frame.f_globals.get("__name__", "").endswith("cloudpickle") for frame, _ in traceback.walk_stack(None))
 
 
 def _call(name: str, given: list[tuple[str, Any]]) -> str:
