@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcsam import checks, tree
+from funcsam.records import factory
 from funcsam.transform import Aux, GradsFn, State, Transform
 
 P = TypeVar("P")
@@ -107,6 +108,7 @@ def _flat_mean(stacked: Any) -> Any:
     return optree.tree_unflatten(spec, means)
 
 
+@factory
 def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | None = None) -> Transform:
     """Applies a transform to `m` slices of the batch and averages what comes out.
 
@@ -160,7 +162,7 @@ def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | 
         )
         return answer
 
-    return Transform(inner._init, update)
+    return Transform(inner._init, update, object, lambda state: [(inner, state)])
 
 
 def _chunks(examples: int, m: int, chunk_size: int | None) -> list[tuple[int, int, int]]:
@@ -191,6 +193,7 @@ def _at_once(one: Callable[..., Any], whole: Batch, start: int, count: int, size
     return _flat_mean(torch.vmap(slices, in_dims=in_dims, randomness="different")(*moving))
 
 
+@factory
 def ascent_batch(fraction: float, in_dims: InDims = 0) -> Transform:
     """Evaluates gradients on the first part of the batch only.
 
@@ -219,4 +222,4 @@ def ascent_batch(fraction: float, in_dims: InDims = 0) -> Transform:
         grads, aux = grads_fn(params, *whole.put(whole.part(0, math.ceil(fraction * whole.size))))
         return grads, state, aux
 
-    return Transform(lambda params: (), update)
+    return Transform(lambda params: (), update, ())

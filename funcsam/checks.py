@@ -72,6 +72,11 @@ def fraction(where: str, **named: Tree) -> None:
     _numbers(where, "in [0, 1)", lambda x: 0 <= x < 1, named)
 
 
+def share(where: str, **named: Tree) -> None:
+    """Raises unless every number is at least 0 and at most 1."""
+    _numbers(where, "in [0, 1]", lambda x: 0 <= x <= 1, named)
+
+
 def count(where: str, **named: int) -> None:
     """Raises unless every value is a positive whole number."""
     for name, value in named.items():

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from funcsam import checks, schedules, tree
+from funcsam.records import factory
 from funcsam.schedules import ScalarOrSchedule
 from funcsam.transform import State, Transform, lift, saveable
 
@@ -20,6 +21,7 @@ class DecayState(NamedTuple):
     step: Tensor
 
 
+@factory
 def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: tree.Mask = None) -> Transform:
     """Adds the decayed params to the gradients: `u = g + weight_decay w`.
 
@@ -45,4 +47,4 @@ def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: tree.Mask = 
         factor = schedules.at(weight_decay, state.step)
         return tree.add_scaled(grads, factor, params, mask), DecayState(state.step + 1)
 
-    return lift(lambda params: DecayState(tree.counter(params)), update)
+    return lift(lambda params: DecayState(tree.counter(params)), update, DecayState)

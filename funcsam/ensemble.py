@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from funcsam import checks, levels, tree
 from funcsam import nn as modules
 from funcsam.batches import taken_apart
-from funcsam.transform import Aux, GradsFn, State, Transform
+from funcsam.records import factory
+from funcsam.transform import Aux, GradsFn, State, Transform, misfit
 
 P = TypeVar("P")
 Randomness = Literal["same", "different", "error"]
@@ -124,6 +125,7 @@ def size(stacked: Any, where: str = "size", what: str = "stacked") -> int:
     return next(iter(sizes))
 
 
+@factory
 def vectorize(
     tx: Transform | Callable[..., Transform],
     hyper: Mapping[str, Any] | None = None,
@@ -189,12 +191,15 @@ def vectorize(
 
     def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
         members(params)
+        _check_stacked(params, state)
         if isinstance(in_dims, tuple) and len(in_dims) != len(batch):
             got = f"{len(in_dims)} for {len(batch)}"
             raise ValueError(f"vectorize: `in_dims` must have one entry per argument of the batch, got {got}.")
 
         def one(numbers: Any, params: P, state: State, *batch: Any) -> tuple[P, State, Aux]:
-            return made(numbers)._update(params, grads_fn, state, *batch)
+            transform = made(numbers)
+            transform._check(state)
+            return transform._update(params, grads_fn, state, *batch)
 
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(batch)
         given = (numbers, params, state, *batch)
@@ -204,7 +209,17 @@ def vectorize(
             answer = torch.vmap(one, in_dims=(0, 0, 0, *dims), **across)(*given)
         return answer
 
-    return Transform(start, update)
+    return Transform(start, update, object)
+
+
+def _check_stacked(params: Any, state: State) -> None:
+    count = next((leaf.shape[0] for leaf in optree.tree_leaves(params)), 0)
+    got = misfit(state, lambda leaf: isinstance(leaf, Tensor) and leaf.shape[:1] == (count,))
+    if got is not None:
+        raise ValueError(
+            f"vectorize: `state` must hold tensors with one entry for each of the {count} members along the first "
+            f"axis, got {got}. Make it with `init`."
+        )
 
 
 def _looped(one: Callable[..., Any], given: tuple[Any, ...], in_dims: tuple[Any, ...]) -> Any:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funcsam import tree
+from funcsam.records import factory
 from funcsam.transform import Aux, GradsFn, State, Transform, saveable
 
 P = TypeVar("P")
@@ -31,6 +32,7 @@ def kept(finite: Tensor, updates: P, moved: State, state: State) -> tuple[P, Sta
     return tree.where(finite, updates, tree.zeros_like(updates)), still
 
 
+@factory
 def apply_if_finite(inner: Transform) -> Transform:
     """Skips every step whose updates are not finite: params and the state of `inner` stay as they are.
 
@@ -56,12 +58,9 @@ def apply_if_finite(inner: Transform) -> Transform:
         return ApplyIfFiniteState(tree.counter(params), inner._init(params))
 
     def update(params: P, grads_fn: GradsFn, state: ApplyIfFiniteState, *batch: Any) -> tuple[P, State, Aux]:
-        if not isinstance(state, ApplyIfFiniteState):
-            got = type(state).__name__
-            raise ValueError(f"apply_if_finite: `state` must be an ApplyIfFiniteState, got {got}. Make it with `init`.")
         updates, moved, aux = inner._update(params, grads_fn, state.inner, *batch)
         finite = tree.all_finite(updates)
         updates, still = kept(finite, updates, moved, state.inner)
         return updates, ApplyIfFiniteState(state.skipped + ~finite, still), aux
 
-    return Transform(init, update)
+    return Transform(init, update, ApplyIfFiniteState, lambda state: [(inner, state.inner)])

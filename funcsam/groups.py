@@ -1,13 +1,14 @@
 """Parameter groups: different transforms for different leaves."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import optree
 import torch
 
 from funcsam import checks, tree
-from funcsam.transform import Aux, GradsFn, State, Transform, identity, lift
+from funcsam.records import factory
+from funcsam.transform import Aux, GradsFn, State, Transform, identity, kind_of, lift
 
 P = TypeVar("P")
 Labels = Any
@@ -36,6 +37,7 @@ class _Group:
         return tree.unflatten(spec, [next(mine) if on else x for x, on in zip(leaves, self.chosen, strict=True)], whole)
 
 
+@factory
 def partition(labels: Labels, transforms: Mapping[Any, Transform]) -> Transform:
     """Applies to each group of leaves a transform of its own.
 
@@ -89,9 +91,9 @@ def _partition(spread: Callable[[Any], list[Any]], transforms: Mapping[Any, Tran
     def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
         parts = groups(params)
         if not isinstance(state, dict) or state.keys() != parts.keys():
-            got = f"{sorted(map(str, state))}" if isinstance(state, dict) else type(state).__name__
+            got = f"{sorted(map(str, state))}" if isinstance(state, dict) else kind_of(state)
             wanted = f"{sorted(map(str, parts))}"
-            raise ValueError(f"partition: `state` must have the labels {wanted}, got {got}. Make it with `init`.")
+            raise ValueError(f"{whole._name}: `state` must have the labels {wanted}, got {got}. Make it with `init`.")
         grads, aux = grads_fn(params, *batch)
         updates, new = grads, {}
         for label, group in parts.items():
@@ -100,7 +102,13 @@ def _partition(spread: Callable[[Any], list[Any]], transforms: Mapping[Any, Tran
             updates = group.put(moved, updates)
         return updates, new, aux
 
-    return Transform(init, update)
+    def inside(state: State) -> Iterable[tuple[Transform, State]]:
+        if not isinstance(state, dict):
+            return ()
+        return [(transforms[label], own) for label, own in state.items() if label in transforms]
+
+    whole = Transform(init, update, object, inside)
+    return whole
 
 
 def _own(group: _Group, params: P, grads_fn: GradsFn, batch: tuple[Any, ...], grads: P) -> GradsFn:
@@ -116,6 +124,7 @@ def _own(group: _Group, params: P, grads_fn: GradsFn, batch: tuple[Any, ...], gr
     return evaluate
 
 
+@factory
 def masked(inner: Transform, mask: tree.Mask) -> Transform:
     """Applies a transform where the mask is True; elsewhere gradients pass on unchanged, as in optax.
 
@@ -136,6 +145,7 @@ def masked(inner: Transform, mask: tree.Mask) -> Transform:
     return _partition(lambda params: tree.masks(mask, params), {True: inner, False: identity()})
 
 
+@factory
 def freeze(mask: tree.Mask = None) -> Transform:
     """Replaces gradients by zero where the mask is True: at the end of a chain those params stay as they are.
 
@@ -153,4 +163,4 @@ def freeze(mask: tree.Mask = None) -> Transform:
         frozen = zip(leaves, tree.masks(mask, params), strict=True)
         return tree.unflatten(spec, [torch.zeros_like(g) if on else g for g, on in frozen], grads), state
 
-    return lift(lambda params: (), update)
+    return lift(lambda params: (), update, ())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from funcsam import checks, tree
 from funcsam.finite import kept
+from funcsam.records import factory
 from funcsam.transform import Aux, GradsFn, Kept, State, Transform, saveable
 
 P = TypeVar("P")
@@ -27,6 +28,7 @@ class LossScaleState(NamedTuple):
     inner: State
 
 
+@factory
 def dynamic_loss_scale(
     inner: Transform,
     init_scale: float = 2.0**16,
@@ -72,9 +74,6 @@ def dynamic_loss_scale(
         return LossScaleState(torch.full_like(tracker, init_scale, dtype=torch.float32), tracker, inner._init(params))
 
     def update(params: P, grads_fn: GradsFn, state: LossScaleState, *batch: Any) -> tuple[P, State, Aux]:
-        if not isinstance(state, LossScaleState):
-            got = type(state).__name__
-            raise ValueError(f"dynamic_loss_scale: `state` must be a LossScaleState, got {got}. Make it with `init`.")
         unscaled = _unscaled(grads_fn, state.scale)
         updates, moved, (finite, aux) = inner._update(params, unscaled, state.inner, *batch)
         finite = (finite == 1) & tree.all_finite(updates)
@@ -86,7 +85,7 @@ def dynamic_loss_scale(
         tracker = torch.where(finite & (tracker < growth_interval), tracker, torch.zeros_like(tracker))
         return updates, LossScaleState(scale, tracker, still), aux
 
-    return Transform(init, update)
+    return Transform(init, update, LossScaleState, lambda state: [(inner, state.inner)])
 
 
 def _unscaled(grads_fn: GradsFn, scale: Tensor) -> GradsFn:

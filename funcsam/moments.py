@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from funcsam import checks, schedules, tree
+from funcsam.records import factory
 from funcsam.schedules import ScalarOrSchedule
 from funcsam.transform import State, Transform, lift, saveable
 
@@ -22,6 +23,7 @@ class TraceState(NamedTuple):
     trace: Any
 
 
+@factory
 def trace(decay: ScalarOrSchedule = 0.9, *, dampening: ScalarOrSchedule = 0.0, nesterov: bool = False) -> Transform:
     """Replaces the gradient by a decayed sum of all gradients so far (momentum).
 
@@ -29,8 +31,8 @@ def trace(decay: ScalarOrSchedule = 0.9, *, dampening: ScalarOrSchedule = 0.0, n
     `u = g + decay m` with `nesterov`.
 
     Args:
-        decay: Momentum, in [0, 1). A number, a tensor of shape () or a schedule.
-        dampening: In [0, 1), likewise.
+        decay: Momentum, in [0, 1]; 1 adds all gradients up. A number, a tensor of shape () or a schedule.
+        dampening: In [0, 1]. A number, a tensor of shape () or a schedule.
         nesterov: Whether to look ahead.
 
     Raises:
@@ -39,7 +41,7 @@ def trace(decay: ScalarOrSchedule = 0.9, *, dampening: ScalarOrSchedule = 0.0, n
     References:
         Sutskever et al., 2013, equations 3 and 4, with the learning rate outside the sum.
     """
-    checks.fraction("trace", decay=decay, dampening=dampening)
+    checks.share("trace", decay=decay, dampening=dampening)
     damped = not isinstance(dampening, float | int) or dampening != 0
     if nesterov and damped:
         raise ValueError(f"trace: `dampening` must be 0 with `nesterov`, got {dampening}.")
@@ -57,7 +59,7 @@ def trace(decay: ScalarOrSchedule = 0.9, *, dampening: ScalarOrSchedule = 0.0, n
         updates = tree.add_scaled(grads, factor, total) if nesterov else total
         return updates, TraceState(state.step + 1, total)
 
-    return lift(init, update)
+    return lift(init, update, TraceState)
 
 
 @saveable
@@ -77,6 +79,7 @@ class AdamState(NamedTuple):
     largest: Any
 
 
+@factory
 def scale_by_adam(
     b1: ScalarOrSchedule = 0.9, b2: ScalarOrSchedule = 0.999, eps: ScalarOrSchedule = 1e-8, *, amsgrad: bool = False
 ) -> Transform:
@@ -105,10 +108,13 @@ def scale_by_adam(
         return AdamState(tree.counter(params), mean, square, tree.zeros_like(params) if amsgrad else ())
 
     def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, State]:
-        checks.same("step", "state", state.mean, params)
+        for moment, like in zip(state[1:], (params, params, params if amsgrad else ()), strict=True):
+            checks.same("step", "state", moment, like)
         count = (state.step + 1).to(tree.real_dtype(params))
         decay, decay_square, floor = (schedules.at(value, state.step) for value in (b1, b2, eps))
-        g, m, v = (tree.real_views(each) for each in (grads, state.mean, state.square))
+        g, m, v = grads, state.mean, state.square
+        if any(leaf.is_complex() for leaf in tree.flatten(params)[0]):
+            g, m, v = (tree.real_views(each) for each in (grads, state.mean, state.square))
         m = tree.lerp(m, g, 1 - decay)
         v = tree.lerp(v, tree.multiply(g, g), 1 - decay_square)
         bound = tree.maximum(tree.real_views(state.largest), v) if amsgrad else v
@@ -118,4 +124,4 @@ def scale_by_adam(
         kept = AdamState(state.step + 1, tree.like_views(m, params), tree.like_views(v, params), largest)
         return tree.like_views(updates, params), kept
 
-    return lift(init, update)
+    return lift(init, update, AdamState)

@@ -5,6 +5,7 @@ from typing import Any
 from funcsam import checks
 from funcsam.decay import add_decayed_weights
 from funcsam.moments import scale_by_adam, trace
+from funcsam.records import factory
 from funcsam.scaling import scale_by_learning_rate
 from funcsam.schedules import ScalarOrSchedule
 from funcsam.transform import Transform, chain
@@ -15,6 +16,7 @@ def _used(value: Any) -> bool:
     return not isinstance(value, float | int) or value != 0
 
 
+@factory
 def sgd(
     lr: Any = 1e-3,
     momentum: ScalarOrSchedule = 0.0,
@@ -32,8 +34,8 @@ def sgd(
 
     Args:
         lr: Learning rate. A non-negative number, a tensor of shape (), a schedule, or a prefix tree of these.
-        momentum: In [0, 1). A number, a tensor of shape () or a schedule.
-        dampening: In [0, 1), likewise; the first gradient enters undamped.
+        momentum: In [0, 1]. A number, a tensor of shape () or a schedule.
+        dampening: In [0, 1], likewise; the first gradient enters undamped.
         weight_decay: Non-negative, likewise; added to the gradient before the momentum.
         nesterov: Whether to look ahead. Needs momentum and no dampening.
 
@@ -41,7 +43,7 @@ def sgd(
         ValueError: If a hyperparameter is out of range.
     """
     checks.nonnegative("sgd", lr=lr, weight_decay=weight_decay)
-    checks.fraction("sgd", momentum=momentum, dampening=dampening)
+    checks.share("sgd", momentum=momentum, dampening=dampening)
     if nesterov and (not _used(momentum) or _used(dampening)):
         got = f"momentum {momentum} and dampening {dampening}"
         raise ValueError(f"sgd: `nesterov` must come with momentum and without dampening, got {got}.")
@@ -50,6 +52,7 @@ def sgd(
     return chain(*decay, *memory, scale_by_learning_rate(lr))
 
 
+@factory
 def adam(
     lr: Any = 1e-3,
     betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
@@ -81,6 +84,7 @@ def adam(
     return chain(*decay, scale_by_adam(*betas, eps, amsgrad=amsgrad), scale_by_learning_rate(lr))
 
 
+@factory
 def adamw(
     lr: Any = 1e-3,
     betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),

@@ -1,7 +1,7 @@
 """The same random numbers for every evaluation of a step."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import optree
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from funcsam import levels, tree
-from funcsam.transform import Aux, GradsFn, State, Transform, saveable
+from funcsam.records import factory
+from funcsam.transform import Aux, GradsFn, State, Transform, kind_of, saveable
 
 P = TypeVar("P")
 
@@ -33,7 +34,27 @@ def _generator(device: str) -> tuple[Any, tuple[str, ...]]:
     return (torch, ()) if kind == "cpu" else (torch.get_device_module(kind), (device,))
 
 
-def _read(devices: dict[str, Tensor]) -> dict[str, Tensor]:
+def _devices(params: Any) -> list[str]:
+    devices = {str(leaf.device) for leaf in optree.tree_leaves(params)}
+    return [] if "meta" in devices else sorted(devices | {"cpu"})
+
+
+def _check_generators(generators: Any, devices: list[str]) -> None:
+    fits = isinstance(generators, dict) and generators.keys() == set(devices)
+    if fits:
+        sizes = {device: state.shape for device, state in _read(devices).items()}
+        fits = all(
+            isinstance(x, Tensor) and x.dtype is torch.uint8 and x.shape == sizes[d] for d, x in generators.items()
+        )
+    if not fits:
+        got = f"a dict of {sorted(map(str, generators))}" if isinstance(generators, dict) else kind_of(generators)
+        raise ValueError(
+            "common_randomness: `state` must be a RandomnessState whose `generators` are states of the generators of "
+            f"{devices}, got {got}. Make it with `init`."
+        )
+
+
+def _read(devices: Iterable[str]) -> dict[str, Tensor]:
     found = {}
     for device in devices:
         module, where = _generator(device)
@@ -58,6 +79,7 @@ def _forked(generators: dict[str, Tensor]) -> Iterator[None]:
         _write(before)
 
 
+@factory
 def common_randomness(seed: int = 0) -> Transform:
     """Lets every evaluation of a step see the same random numbers: one set of dropout masks for `w` and `w + e`.
 
@@ -82,10 +104,7 @@ def common_randomness(seed: int = 0) -> Transform:
         raise TypeError(f"common_randomness: `seed` must be a whole number, got {type(seed).__name__}.")
 
     def init(params: Any) -> RandomnessState:
-        devices = {str(leaf.device) for leaf in optree.tree_leaves(params)}
-        if "meta" in devices:
-            return RandomnessState(tree.counter(params), {})
-        states = {device: torch.Generator(device).manual_seed(seed).get_state() for device in sorted(devices | {"cpu"})}
+        states = {device: torch.Generator(device).manual_seed(seed).get_state() for device in _devices(params)}
         return RandomnessState(tree.counter(params), states)
 
     def update(params: P, grads_fn: GradsFn, state: RandomnessState, *batch: Any) -> tuple[P, State, Aux]:
@@ -94,9 +113,10 @@ def common_randomness(seed: int = 0) -> Transform:
                 "common_randomness: must run eagerly, got a call that is being compiled. "
                 "Leave it out of compiled steps: there evaluations draw independently."
             )
+        _check_generators(state.generators, _devices(params))
         with _forked(state.generators):
             grads, aux = grads_fn(params, *batch)
             after = _read(state.generators)
         return grads, RandomnessState(state.step + 1, after), aux
 
-    return Transform(init, update)
+    return Transform(init, update, RandomnessState)

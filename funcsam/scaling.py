@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcsam import checks, schedules, tree
+from funcsam.records import factory
 from funcsam.schedules import ScalarOrSchedule
 from funcsam.transform import State, Transform, lift, saveable
 
@@ -27,6 +28,7 @@ def _init(params: Any) -> ScaleState:
     return ScaleState(tree.counter(params))
 
 
+@factory
 def scale(factor: Any) -> Transform:
     """Multiplies gradients by a factor: `u = factor g`.
 
@@ -42,9 +44,10 @@ def scale(factor: Any) -> Transform:
     def update(grads: Any, state: ScaleState, params: Any) -> tuple[Any, State]:
         return tree.scale(schedules.at(factor, state.step), grads), ScaleState(state.step + 1)
 
-    return lift(_init, update)
+    return lift(_init, update, ScaleState)
 
 
+@factory
 def scale_by_learning_rate(lr: Any) -> Transform:
     """Turns a descent direction into an update: `u = -lr g`.
 
@@ -60,9 +63,10 @@ def scale_by_learning_rate(lr: Any) -> Transform:
         rate = optree.tree_map(neg, schedules.at(lr, state.step))
         return tree.scale(rate, grads), ScaleState(state.step + 1)
 
-    return lift(_init, update)
+    return lift(_init, update, ScaleState)
 
 
+@factory
 def normalize() -> Transform:
     """Divides gradients by their global norm: `u = g / ||g||`.
 
@@ -75,9 +79,10 @@ def normalize() -> Transform:
     def update(grads: Any, state: State, params: Any) -> tuple[Any, State]:
         return tree.scale(tree.reciprocal(tree.norm(grads)), grads), state
 
-    return lift(lambda params: (), update)
+    return lift(lambda params: (), update, ())
 
 
+@factory
 def scale_by_magnitude(eta: Any = 0.0, mask: tree.Mask = None) -> Transform:
     """Multiplies gradients by the magnitude of the params: `u = T g` with `T = |w| + eta`.
 
@@ -98,9 +103,10 @@ def scale_by_magnitude(eta: Any = 0.0, mask: tree.Mask = None) -> Transform:
         updates = tree.scale_by_magnitude(grads, params, schedules.at(eta, state.step), mask)
         return updates, ScaleState(state.step + 1)
 
-    return lift(_init, update)
+    return lift(_init, update, ScaleState)
 
 
+@factory
 def clip_by_global_norm(max_norm: ScalarOrSchedule) -> Transform:
     """Shortens gradients whose global norm exceeds `max_norm`: `u = g min(1, max_norm / ||g||)`.
 
@@ -122,4 +128,4 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule) -> Transform:
         factor = torch.where(norm > bound, bound * tree.reciprocal(norm), 1.0)
         return tree.scale(factor, grads), ScaleState(state.step + 1)
 
-    return lift(_init, update)
+    return lift(_init, update, ScaleState)

@@ -2,6 +2,7 @@
 
 Wherever a hyperparameter is taken, a schedule is taken too. The step counts the updates made so far: the first update
 reads a schedule at 0. Values are float64 on the CPU and on CUDA, where 0.1 is 0.1, and float32 on other devices.
+Two schedules are equal if they were made by the same function of equal arguments.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from funcsam import checks
+from funcsam.records import Recorded, equal, factory
 
 Number = float | Tensor
 Schedule = Callable[[Tensor], Any]
@@ -30,10 +32,27 @@ _FLOAT64 = ("cpu", "cuda", "meta")
 """Devices that have float64 for certain. On others, such as Apple's, a schedule is exact to float32."""
 
 
+class _Schedule(Recorded):
+    """A schedule that knows how it was made."""
+
+    def __init__(self, rule: Schedule) -> None:
+        self._rule = rule
+
+    def __call__(self, step: Tensor) -> Any:
+        return self._rule(step)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Schedule) and equal(self, other)
+
+    def __hash__(self) -> int:
+        return hash(self._name)
+
+
 def _real(step: Tensor) -> Tensor:
     return step.to(torch.float64 if step.device.type in _FLOAT64 else torch.float32)
 
 
+@factory
 def constant(value: Number) -> Schedule:
     """Returns `value` at every step.
 
@@ -41,9 +60,10 @@ def constant(value: Number) -> Schedule:
     0.1
     """
     checks.finite("constant", value=value)
-    return lambda step: value * torch.ones_like(_real(step))
+    return _Schedule(lambda step: value * torch.ones_like(_real(step)))
 
 
+@factory
 def step_decay(
     value: Number, total_steps: int, factor: float = 0.2, milestones: Sequence[float] = (0.3, 0.6, 0.8)
 ) -> Schedule:
@@ -75,9 +95,10 @@ def step_decay(
             rate = torch.where(step >= start, rate * factor, rate)
         return rate
 
-    return schedule
+    return _Schedule(schedule)
 
 
+@factory
 def cosine(value: Number, total_steps: int, end: float = 0.0) -> Schedule:
     """Goes from `value` to `end` along half a cosine, and stays there: `end + (value - end) (1 + cos(pi t / T)) / 2`.
 
@@ -99,9 +120,10 @@ def cosine(value: Number, total_steps: int, end: float = 0.0) -> Schedule:
         done = torch.clamp(_real(step) / total_steps, max=1.0)
         return end + (value - end) * 0.5 * (1 + torch.cos(torch.pi * done))
 
-    return schedule
+    return _Schedule(schedule)
 
 
+@factory
 def warmup_cosine(value: Number, warmup_steps: int, total_steps: int, end: float = 0.0) -> Schedule:
     """Rises linearly from 0 to `value` in `warmup_steps`, then follows `cosine` down to `end` at `total_steps`.
 
@@ -125,4 +147,4 @@ def warmup_cosine(value: Number, warmup_steps: int, total_steps: int, end: float
     def schedule(step: Tensor) -> Tensor:
         return torch.where(step < warmup_steps, value * _real(step) / warmup_steps, fall(step - warmup_steps))
 
-    return schedule
+    return _Schedule(schedule)

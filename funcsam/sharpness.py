@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from funcsam import checks, levels, tree
+from funcsam.records import factory
 from funcsam.transform import Aux, GradsFn, State, Transform, saveable
 
 P = TypeVar("P")
@@ -30,6 +31,19 @@ def _shifted(grads_fn: GradsFn, offset: Any) -> GradsFn:
     return lambda params, *batch: grads_fn(tree.add(params, offset), *batch)
 
 
+def check_ascent(where: str, ascent: Any) -> None:
+    """Raises unless `ascent` is a transform that only maps gradients."""
+    if not isinstance(ascent, Transform):
+        raise TypeError(f"{where}: `ascent` must be a Transform, got {type(ascent).__name__}.")
+    found = ascent._prober()
+    if found is not None:
+        raise ValueError(
+            f"{where}: `ascent` must map gradients to a perturbation, got {found}, which asks for gradients of its "
+            "own. Pass how to climb, such as `chain(normalize(), scale(rho))`."
+        )
+
+
+@factory
 def sharpness_aware(
     ascent: Transform, combine: Combine | None = None, when: When | None = None, steps: int = 1
 ) -> Transform:
@@ -39,7 +53,8 @@ def sharpness_aware(
     others for `g+`, which then differs from `g` also where `e = 0`, unless `common_randomness()` stands in front.
 
     Args:
-        ascent: A transform (usually a chain) from gradient to perturbation `e`, which is *added* to the params.
+        ascent: A transform (usually a chain) from gradient to perturbation `e`, which is *added* to the params. It
+            must not ask for gradients at other params, as `sam` does.
         combine: `combine(grads, probe) -> updates`, from the gradients at `w` and at `w + e`. `None` takes the probe,
             as SAM does, and keeps no gradient alive beside it.
         when: `when(step)` is true on the steps that probe, a bool or a boolean tensor of shape (); on the others the
@@ -53,13 +68,12 @@ def sharpness_aware(
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If `steps` is less than 1.
+        ValueError: If `steps` is less than 1, or `ascent` is, or holds, a transform such as `sam`.
 
     References:
         Foret et al., 2021 (SAM), algorithm 1; appendix C.6 for several steps.
     """
-    if not isinstance(ascent, Transform):
-        raise TypeError(f"sharpness_aware: `ascent` must be a Transform, got {type(ascent).__name__}.")
+    check_ascent("sharpness_aware", ascent)
     checks.function("sharpness_aware", **{k: v for k, v in (("combine", combine), ("when", when)) if v is not None})
     checks.count("sharpness_aware", steps=steps)
     keeps_grads = combine is not None or when is not None
@@ -100,4 +114,6 @@ def sharpness_aware(
             updates = tree.where(pick, updates, grads)
         return updates, new_state, aux
 
-    return Transform(init, update)
+    probing = Transform(init, update, SharpnessAwareState, lambda state: [(ascent, state.ascent)])
+    probing._probes = True
+    return probing

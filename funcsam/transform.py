@@ -7,13 +7,15 @@ What happens at the params is kept; probes leave no trace: `aux` and the states 
 the first evaluation a transform asks for.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar, cast
 
+import optree
 import torch
 from torch import Tensor
 
 from funcsam import checks, levels, tree
+from funcsam.records import Recorded, factory, leaves
 
 P = TypeVar("P")
 State = Any
@@ -23,13 +25,16 @@ GradsFn = Callable[..., Any]
 Init = Callable[[Any], State]
 Update = Callable[..., tuple[Any, State, Aux]]
 PlainUpdate = Callable[[Any, State, Any], tuple[Any, State]]
+StateClass = type | tuple[()] | None
+Inside = Callable[[State], Iterable[tuple["Transform", State]]]
 
 C = TypeVar("C", bound=type)
 
 
 def saveable(cls: C) -> C:
-    """Lets `torch.load(weights_only=True)` read states that hold this NamedTuple."""
+    """Lets `torch.load(weights_only=True)` read states that hold this NamedTuple, whose tensors have shape ()."""
     torch.serialization.add_safe_globals([cls])
+    cast(Any, cls)._scalars = tuple(name for name, hint in cls.__annotations__.items() if hint is Tensor)
     return cls
 
 
@@ -76,19 +81,34 @@ def _like(leaves: list[Tensor], grads: list[Tensor], whole: P, params: P) -> P:
     return tree.unflatten(tree.flatten(whole)[1], dense, whole)
 
 
-class Transform:
+class Transform(Recorded):
     """A pair of pure functions that turns the gradients of a function into updates.
+
+    It is shown, copied and pickled as the call that made it: `chain(sam(rho=0.05), sgd(lr=0.1))`.
 
     Args:
         init: `init(params) -> state`, a pytree of tensors whose structure depends on the params alone.
         update: `update(params, grads_fn, state, *batch) -> (updates, state, aux)`. Updates have the structure of the
             params and are *added* to them.
+        state: Class of the states that `init` returns, a NamedTuple, or `()` if there are none; others are refused.
+            `None` refuses states that hold anything but tensors, `object` refuses nothing.
+        inside: `inside(state)` returns pairs of a transform inside this one and the state of it, to be checked too.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
     """
 
-    def __init__(self, init: Init, update: Update) -> None:
+    _probes = False
+
+    def __init__(self, init: Init, update: Update, state: StateClass = None, inside: Inside | None = None) -> None:
         checks.function("Transform", init=init, update=update)
+        if not (state is None or isinstance(state, type) or (isinstance(state, tuple) and not state)):
+            raise TypeError(f"Transform: `state` must be a class, () or None, got {type(state).__name__}.")
         self._init = init
         self._update = update
+        self._state = state
+        self._inside = inside
+        self._scalars: tuple[str, ...] = getattr(state, "_scalars", ())
         self._parts: tuple[Transform, ...] = (self,)
 
     def init(self, params: Any) -> State:
@@ -119,6 +139,42 @@ class Transform:
         """
         return self._taken(tree.detached(params, "update"), grads_fn, state, batch)
 
+    def _check(self, state: State) -> None:
+        """Raises unless the states of this transform and of those inside are of their classes."""
+        if not self._fits(state):
+            raise ValueError(f"{self._name}: `state` must be {self._wanted(state)}. Make it with `init`.")
+        if self._inside is not None:
+            for transform, own in self._inside(state):
+                transform._check(own)
+
+    def _fits(self, state: State) -> bool:
+        if self._state is object:
+            return True
+        if self._state is None:
+            return misfit(state, _tensor) is None
+        if not isinstance(self._state, type):
+            return type(state) is tuple and not state
+        return isinstance(state, self._state) and all(_scalar(getattr(state, name)) for name in self._scalars)
+
+    def _wanted(self, state: State) -> str:
+        if self._state is None:
+            return f"a tree of tensors, got {misfit(state, _tensor)}"
+        if not isinstance(self._state, type):
+            return f"(), got {kind_of(state)}"
+        name = self._state.__name__
+        wanted = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+        if not isinstance(state, self._state):
+            return f"{wanted}, got {kind_of(state)}"
+        field = next(field for field in self._scalars if not _scalar(getattr(state, field)))
+        return f"{wanted} whose `{field}` is a tensor of shape (), got {kind_of(getattr(state, field))}"
+
+    def _prober(self) -> "Transform | None":
+        """Returns what asks for gradients of its own, of this transform and those inside, as far as that is known."""
+        if self._probes:
+            return self
+        inside = [leaf for leaf in leaves(self._record[1:]) if isinstance(leaf, Transform)]
+        return next((found for found in (each._prober() for each in inside) if found is not None), None)
+
     def step(self, params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
         """Updates and applies the updates; returns `(params, state, aux)`."""
         params = tree.detached(params)
@@ -126,9 +182,36 @@ class Transform:
         return tree.add(params, updates, "apply_updates", "updates"), state, aux
 
     def _taken(self, params: P, grads_fn: GradsFn, state: State, batch: tuple[Any, ...]) -> tuple[P, State, Aux]:
+        self._check(state)
         checked = grads_fn if isinstance(grads_fn, _Checked) else _Checked(grads_fn)
         with levels.in_step():
             return self._update(params, checked, state, *batch)
+
+
+def _scalar(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.ndim
+
+
+def _tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+def kind_of(x: Any) -> str:
+    """Says in an error what has been given in the place of a state."""
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {tuple(x.shape)}"
+    if type(x) in (tuple, list, dict):
+        return f"{type(x).__name__} of {len(x)} {'entry' if len(x) == 1 else 'entries'}"
+    return type(x).__name__
+
+
+def misfit(state: State, fits: Callable[[Any], bool]) -> str | None:
+    """Says what the first leaf that does not fit is, and where; `None` is a leaf, and an empty dict holds none."""
+    for position, leaf in enumerate(optree.tree_leaves(state, tree.empty, none_is_leaf=True)):
+        if not (tree.empty(leaf) or fits(leaf)):
+            path = optree.tree_accessors(state, tree.empty, none_is_leaf=True)[position].codify("")
+            return f"{kind_of(leaf)} at {path}" if path else kind_of(leaf)
+    return None
 
 
 def apply_updates(params: P, updates: P) -> P:
@@ -143,12 +226,17 @@ def apply_updates(params: P, updates: P) -> P:
     return tree.add(tree.detached(params, "apply_updates"), updates, "apply_updates", "updates")
 
 
-def lift(init: Init, update: PlainUpdate) -> Transform:
+@factory
+def lift(init: Init, update: PlainUpdate, state: StateClass = None) -> Transform:
     """Makes a `Transform` of a plain gradient transformation, the way optax users write it.
 
     Args:
         init: `init(params) -> state`.
         update: `update(grads, state, params) -> (updates, state)`.
+        state: Class of the states, `()` or `None`, as in `Transform`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
 
     >>> halve = lift(lambda params: (), lambda grads, state, params: (tree.scale(0.5, grads), state))
     >>> halve.update(torch.tensor(3.0), torch.func.grad(lambda w: w * w), ())
@@ -161,7 +249,7 @@ def lift(init: Init, update: PlainUpdate) -> Transform:
         updates, state = update(grads, state, params)
         return updates, state, aux
 
-    return Transform(init, lifted)
+    return Transform(init, lifted, state)
 
 
 class Kept(NamedTuple):
@@ -205,14 +293,16 @@ def chain(*transforms: Transform) -> Transform:
     def init(params: Any) -> State:
         return tuple(part._init(params) for part in parts)
 
-    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
-        if not isinstance(state, tuple) or len(state) != len(parts):
-            got = f"{len(state)} states" if isinstance(state, tuple) else type(state).__name__
+    def inside(state: State) -> Iterable[tuple[Transform, State]]:
+        if type(state) is not tuple or len(state) != len(parts):
+            got = f"{len(state)} states" if type(state) is tuple else kind_of(state)
             raise ValueError(
-                f"chain: `state` must be a tuple of {len(parts)} states, one per transform, got {got}. "
+                f"{composition._name}: `state` must be a tuple of {len(parts)} states, one per transform, got {got}. "
                 "Make it with `init`."
             )
+        return zip(parts, state, strict=True)
 
+    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
         def composed(params: P, *batch: Any) -> tuple[P, Kept]:
             grads, aux = grads_fn(params, *batch)
             return grads, Kept((), aux)
@@ -222,11 +312,12 @@ def chain(*transforms: Transform) -> Transform:
         updates, (states, aux) = composed(params, *batch)
         return updates, states, aux
 
-    composition = Transform(init, update)
-    composition._parts = parts
+    composition = Transform(init, update, object, inside) if parts else Transform(init, update, ())
+    composition._parts, composition._record = parts, (chain, transforms, {})
     return composition
 
 
+@factory
 def identity() -> Transform:
     """Passes gradients on unchanged: the unit of `chain`."""
     return chain()

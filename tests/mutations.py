@@ -381,8 +381,8 @@ MUTATIONS += [
     Mutation(
         "all members have one hyperparameter",
         "ensemble.py",
-        "made(numbers)._update",
-        "made(member(hyper, 0))._update",
+        "transform = made(numbers)\n            transform._check",
+        "transform = made(member(hyper, 0))\n            transform._check",
         ENSEMBLE,
     ),
     Mutation("logits are averaged", "ensemble.py", "F.log_softmax(logits, -1), 0", "logits, 0", ENSEMBLE),
@@ -833,6 +833,88 @@ MUTATIONS += [
     Mutation("ranks: first swept values", "studies/problem.py", "values[own] for", "values[: len(own)] for", RANKS),
     Mutation("ranks: more than seeds", "studies/ranks.py", "if seeds < count", "if seeds < 1", RANKS),
     Mutation("ranks: all complain", "cli.py", "time.sleep(TURN)", "time.sleep(0)", RANKS),
+]
+
+
+OBJECTS = ("tests/laws/test_objects.py",)
+
+MUTATIONS += [
+    Mutation("objects: foreign states are taken", "transform.py", "if not self._fits(state):", "if False:", OBJECTS),
+    Mutation(
+        "objects: states inside are not looked at", "transform.py", "if self._inside is not None:", "if False:", OBJECTS
+    ),
+    Mutation(
+        "objects: counters have any shape",
+        "transform.py",
+        "return isinstance(x, Tensor) and not x.ndim",
+        "return isinstance(x, Tensor)",
+        OBJECTS,
+    ),
+    Mutation("objects: chains are of any length", "transform.py", "len(state) != len(parts)", "False", OBJECTS),
+    Mutation(
+        "objects: a chain hides what probes",
+        "transform.py",
+        "in leaves(self._record[1:])",
+        "in self._record[1]",
+        OBJECTS,
+    ),
+    Mutation("objects: an ascent may probe", "sharpness.py", "if found is not None:", "if False:", OBJECTS),
+    Mutation(
+        "objects: the state of the ascent is not looked at",
+        "sharpness.py",
+        "lambda state: [(ascent, state.ascent)]",
+        "None",
+        OBJECTS,
+    ),
+    Mutation(
+        "objects: apply_if_finite hides states", "finite.py", "lambda state: [(inner, state.inner)]", "None", OBJECTS
+    ),
+    Mutation(
+        "objects: dynamic_loss_scale hides states",
+        "loss_scale.py",
+        "lambda state: [(inner, state.inner)]",
+        "None",
+        OBJECTS,
+    ),
+    Mutation("objects: microbatch hides states", "batches.py", "lambda state: [(inner, state)]", "None", OBJECTS),
+    Mutation("objects: groups hide states", "groups.py", "if not isinstance(state, dict):", "if True:", OBJECTS),
+    Mutation("objects: states need not be stacked", "ensemble.py", "if got is not None:", "if False:", OBJECTS),
+    Mutation(
+        "objects: states of members are not looked at",
+        "ensemble.py",
+        "            transform._check(state)\n",
+        "",
+        OBJECTS,
+    ),
+    Mutation("objects: any generators will do", "randomness.py", "if not fits:", "if False:", OBJECTS),
+    Mutation(
+        "objects: only the first moment is looked at",
+        "moments.py",
+        "zip(state[1:], (params, params, params if amsgrad else ()), strict=True)",
+        "zip(state[1:2], (params,), strict=True)",
+        OBJECTS,
+    ),
+    Mutation("objects: arguments have no names", "records.py", "yield name, value", 'yield "*", value', OBJECTS),
+    Mutation(
+        "objects: a deepcopy shares its tensors",
+        "records.py",
+        "return copy.deepcopy(leaf, memo) if own else leaf",
+        "return leaf",
+        OBJECTS,
+    ),
+    Mutation(
+        "objects: pickle speaks for itself", "records.py", "_check_pickles(self._name, name, leaf)", "pass", OBJECTS
+    ),
+    Mutation(
+        "objects: schedules of one kind are equal",
+        "records.py",
+        "factory is theirs and _equal(_bound(one), _bound(other))",
+        "factory is theirs",
+        OBJECTS,
+    ),
+    Mutation(
+        "momentum stays below 1", "optimizers.py", 'checks.share("sgd"', 'checks.fraction("sgd"', ("tests/parity",)
+    ),
 ]
 
 

@@ -242,7 +242,7 @@ BAD = [
     (
         lambda: fs.dynamic_loss_scale(fs.sgd()).update(W, GRADS_FN, (), torch.tensor(1.0)),
         ValueError,
-        "dynamic_loss_scale: `state` must be a LossScaleState, got tuple. Make it with `init`.",
+        "dynamic_loss_scale: `state` must be a LossScaleState, got tuple of 0 entries. Make it with `init`.",
     ),
 ]
 

@@ -37,10 +37,12 @@ NONNEGATIVE = {
     "warmup_cosine: `end`": lambda x: fs.warmup_cosine(1.0, 1, 10, x),
 }
 FRACTION = {
-    "trace: `decay`": lambda x: fs.trace(x),
-    "trace: `dampening`": lambda x: fs.trace(dampening=x),
     "scale_by_adam: `b1`": lambda x: fs.scale_by_adam(x),
     "scale_by_adam: `b2`": lambda x: fs.scale_by_adam(b2=x),
+}
+SHARE = {
+    "trace: `decay`": lambda x: fs.trace(x),
+    "trace: `dampening`": lambda x: fs.trace(dampening=x),
     "sgd: `momentum`": lambda x: fs.sgd(momentum=x),
     "sgd: `dampening`": lambda x: fs.sgd(dampening=x),
 }
@@ -76,6 +78,7 @@ CASES = [
         for bad in (-1, 0, math.nan, math.inf)
     ),
     *((name, make, bad, "in [0, 1)") for name, make in FRACTION.items() for bad in (-0.1, 1, 1.5, math.nan, math.inf)),
+    *((name, make, bad, "in [0, 1]") for name, make in SHARE.items() for bad in (-0.1, 1.01, math.nan, math.inf)),
     *((name, make, bad, "finite") for name, make in FINITE.items() for bad in (math.nan, math.inf, -math.inf)),
 ]
 
@@ -108,7 +111,7 @@ def test_bad_counts_are_refused(name):
             COUNT[name](bad)
 
 
-ALL = {**NONNEGATIVE, **FRACTION, **POSITIVE, **FINITE}
+ALL = {**NONNEGATIVE, **FRACTION, **SHARE, **POSITIVE, **FINITE}
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -3,6 +3,7 @@
 A law runs on every entry that claims it. Claims are positive: nothing is exempt from a law by name.
 """
 
+import functools
 from collections.abc import Callable
 from enum import Flag, auto
 from typing import Any, NamedTuple
@@ -95,13 +96,13 @@ def _even(step):
     return step % 2 == 0
 
 
+def _update_batched(tx, params, grads_fn, state, *batch):
+    return tx.update(params, lambda params, *examples: grads_fn(params), state, torch.arange(4.0), *batch)
+
+
 def _batched(tx):
     """The transform on a batch of four examples that a problem, whose loss has none, does not look at."""
-
-    def update(params, grads_fn, state, *batch):
-        return tx.update(params, lambda params, *examples: grads_fn(params), state, torch.arange(4.0), *batch)
-
-    return fs.Transform(tx.init, update)
+    return fs.Transform(tx.init, functools.partial(_update_batched, tx))
 
 
 class _Scalable:
@@ -118,11 +119,12 @@ class _Scalable:
         return tree.scale(self.factor, grads), aux
 
 
-def _scalable(tx):
-    def update(params, grads_fn, state, *batch):
-        return tx.update(params, _Scalable(grads_fn), state, *batch)
+def _update_scalable(tx, params, grads_fn, state, *batch):
+    return tx.update(params, _Scalable(grads_fn), state, *batch)
 
-    return fs.Transform(tx.init, update)
+
+def _scalable(tx):
+    return fs.Transform(tx.init, functools.partial(_update_scalable, tx))
 
 
 def _label(path, leaf):
@@ -133,13 +135,17 @@ def _groups(rho, lr):
     return fs.partition(_label, {"weights": fs.chain(fs.sam(rho), fs.sgd(lr, momentum=0.5)), "others": fs.sgd(0.2)})
 
 
+def _nothing(params):
+    return ()
+
+
 def _halve(grads, state, params):
     return tree.scale(0.5, grads), state
 
 
 ZOO = [
     Entry("identity", (fs.identity,), fs.identity, claims=C.LINEAR | C.FIXED_POINT | ISOTROPIC),
-    Entry("lift", (fs.lift,), lambda: fs.lift(lambda params: (), _halve), claims=C.LINEAR | C.FIXED_POINT | ISOTROPIC),
+    Entry("lift", (fs.lift,), lambda: fs.lift(_nothing, _halve, ()), claims=C.LINEAR | C.FIXED_POINT | ISOTROPIC),
     Entry("scale", (fs.scale,), fs.scale, {"factor": -0.7}, C.LINEAR | C.FIXED_POINT | ISOTROPIC),
     Entry(
         "scale_by_learning_rate",

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from funcsam import checks, levels, shards, tree
+from funcsam.records import factory
 from funcsam.transform import Aux, GradsFn, Kept, State, Transform
 
 if dist.is_available():  # some builds of torch are without
@@ -126,6 +127,7 @@ def _together() -> Iterator[None]:
         ) from error
 
 
+@factory
 def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int = BUCKET) -> Transform:
     """Averages gradients over the processes of a group.
 
@@ -181,7 +183,7 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
             found = Kept(each, found)
         return grads, state, found
 
-    return Transform(init, update)
+    return Transform(init, update, ())
 
 
 def _alike(params: Any, group: Ranks) -> None:

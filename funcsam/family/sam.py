@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 from funcsam import checks, tree
+from funcsam.records import factory
 from funcsam.scaling import normalize, scale, scale_by_magnitude
 from funcsam.sharpness import sharpness_aware
 from funcsam.transform import Aux, GradsFn, State, Transform, chain
@@ -10,6 +11,7 @@ from funcsam.transform import Aux, GradsFn, State, Transform, chain
 P = TypeVar("P")
 
 
+@factory
 def sam(rho: Any = 0.05) -> Transform:
     """Replaces the gradient at `w` by the gradient at the worst point nearby, `w + rho g / ||g||`.
 
@@ -47,6 +49,7 @@ def plain_ascent(rho: Any) -> Transform:
     return chain(normalize(), scale(rho))
 
 
+@factory
 def asam(rho: Any = 2.0, eta: Any = 0.0, mask: tree.Mask = None) -> Transform:
     """Climbs in a neighbourhood that scales with the params: `e = rho T^2 g / ||T g||`, `T = |w| + eta`.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from funcsam import checks, tree
 from funcsam.family.sam import adaptive_ascent, plain_ascent
-from funcsam.sharpness import Combine
+from funcsam.sharpness import Combine, check_ascent
 from funcsam.torch_optim.front import KEY, Closure, Front, Params, add, clones, copy
 from funcsam.transform import Transform
 
@@ -85,8 +85,7 @@ class SharpnessAware(Front):
         first_pass: FirstPass = "auto",
         **kwargs: Any,
     ) -> None:
-        if not isinstance(ascent, Transform):
-            raise TypeError(f"SharpnessAware: `ascent` must be a Transform, got {type(ascent).__name__}.")
+        check_ascent("SharpnessAware", ascent)
         if combine is not None:
             checks.function("SharpnessAware", combine=combine)
         self._ascent, self._combine = ascent, combine

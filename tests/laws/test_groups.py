@@ -259,7 +259,7 @@ BAD = [
     (
         lambda: fs.masked(fs.sgd(), True).update(torch.ones(1), lambda w: w, ()),
         ValueError,
-        "`state` must have the labels ['True'], got tuple. Make it with `init`.",
+        "masked: `state` must have the labels ['True'], got tuple of 0 entries. Make it with `init`.",
     ),
 ]
 

@@ -57,6 +57,14 @@ def test_sgd(option, maximize, problem):
     agree(tx, lambda params: torch.optim.SGD(params, 0.01, maximize=maximize, **option), problem)
 
 
+@pytest.mark.parametrize("option", options(momentum=[0.5, 1.0], dampening=[0.0, 1.0]), ids=str)
+@structural
+@given(problem=problems())
+def test_sgd_at_the_ends(option, problem):
+    """Momentum 1 adds all gradients up, and dampening 1 keeps the first alone."""
+    agree(fs.sgd(0.01, **option), lambda params: torch.optim.SGD(params, 0.01, **option), problem)
+
+
 ADAM = options(betas=[(0.9, 0.999), (0.5, 0.7)], eps=[1e-8, 1e-2], weight_decay=[0.0, 0.1], amsgrad=[False, True])
 
 
