@@ -1,6 +1,8 @@
 """From a loss to a grads_fn: both backends, and what torch can do that a loss may contain."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import optree
@@ -216,3 +218,25 @@ def test_aux_may_be_an_empty_dict_in_a_compiled_step():
     (new, _, (loss, aux)), plain = step(w, tx.init(w)), tx.step(w, grads_fn, tx.init(w))
     torch.testing.assert_close(new, plain[0])
     assert (loss.item(), aux) == (25.0, {})
+
+
+@pytest.mark.parametrize("backend", ["func", "autograd"])
+def test_a_scaled_loss_keeps_its_backend(backend):
+    """Whatever computes the gradients computes those of the loss times a factor."""
+    seen = []
+
+    def loss_fn(w):
+        seen.append(torch._C._functorch.is_functorch_wrapped_tensor(w))
+        return w**2
+
+    grads_fn = fs.grad_and_value(loss_fn, backend=backend).scaled(torch.tensor(8.0))
+    equal(grads_fn(torch.tensor(3.0)), (torch.tensor(48.0), torch.tensor(9.0)))
+    assert seen == [backend == "func"]
+
+
+def test_grads_fns_are_shown_and_copied():
+    """By the name of the loss; a copy gives the same."""
+    grads_fn = fs.grad_and_value(torch.linalg.vector_norm, backend="func")
+    assert repr(fs.grad_and_value(F.softplus)) == "grad_and_value(softplus, has_aux=False, backend='auto')"
+    for copied in (copy.deepcopy(grads_fn), pickle.loads(pickle.dumps(grads_fn))):
+        equal(copied(torch.tensor([3.0, 4.0])), grads_fn(torch.tensor([3.0, 4.0])))

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import gc
 import pathlib
 import re
+import weakref
 
 import pytest
 import torch
@@ -194,3 +196,57 @@ def table():
 def test_each_cell_of_the_table(entry):
     """In every mode the answer is that of plain code, bit for bit, or an error."""
     assert {mode: cell(entry, mode).split(":")[0] for mode in MODES} == table()[entry]
+
+
+def test_casts_of_other_evaluations():
+    """Autocast keeps the cast that a weight got without grad mode: its derivative would be zero, without a word."""
+    weight = torch.full((2, 2), 0.5, requires_grad=True)
+
+    def loss_fn(w):
+        return F.linear(w, weight).float().square().sum()
+
+    def outcome():
+        with torch.no_grad():
+            loss_fn(torch.ones(2))
+        tx = fs.chain(fs.sam(0.1), fs.sgd(0.1))
+        return tx.step(torch.ones(2), fs.grad_and_value(loss_fn), tx.init(torch.ones(2)))[0].sum()
+
+    (wanted,) = torch.autograd.grad(outcome(), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(outcome(), weight)
+    assert ((found - wanted).abs() < 0.02 * wanted.abs()).all()
+
+
+def test_casts_do_not_pile_up():
+    """A region of autocast around a whole run holds on to no cast of the params of a step."""
+    casts = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and out.dtype is torch.bfloat16:
+                casts.append(weakref.ref(out))
+            return out
+
+    tx, w = fs.sgd(0.1), torch.ones(2, 2)
+    grads_fn = fs.grad_and_value(lambda w: F.linear(torch.ones(1, 2), w).float().square().sum())
+    with torch.autocast("cpu", torch.bfloat16), Spy():
+        for _ in range(3):
+            w, _, _ = tx.step(w, grads_fn, tx.init(w))
+        gc.collect()
+        assert casts
+        assert not any(cast() is not None for cast in casts)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.tensor([1.0, 3.0]), lambda: torch.tensor([1.0, 3.0]).requires_grad_()])
+def test_inference_tensors_outside_of_their_mode(make):
+    """Params that were made or loaded in inference mode can be trained on."""
+    with torch.inference_mode():
+        w = torch.tensor([1.0, 3.0])
+        equal(fs.grad_and_value(lambda w: (w**2).sum())(make())[0], torch.tensor([2.0, 6.0]))
+        equal(fs.measures.worst_case_sharpness(lambda w: (w**2).sum(), make()[1:], rho=1.0), torch.tensor(7.0))
+    equal(fs.grad_and_value(lambda w: (w**2).sum())(w)[0], torch.tensor([2.0, 6.0]))
+    tx = fs.chain(fs.sam(0.1), fs.sgd(0.1, momentum=0.5))
+    plain = w.clone()
+    grads_fn = fs.grad_and_value(lambda w: (w**4).sum())
+    equal(tx.step(w, grads_fn, tx.init(w)), tx.step(plain, grads_fn, tx.init(plain)))
