@@ -492,24 +492,65 @@ def test_a_half_accumulated_gradient_is_taken_for_a_first_pass():
         closures(strict, model, data[:1])
 
 
-def test_a_failing_closure_leaves_the_weights():
-    """Where the second pass raises, the params are back at `w`."""
-    model, data = model_and_data()
-    before, calls = fs.nn.split(model), []
-    optimizer = SAM(model.parameters(), rho=0.5, **SGD)
+FAILING = {
+    "SAM": lambda model: SAM(model.parameters(), rho=0.5, model=model, **SGD),
+    "a moving radius": lambda model: SharpnessAware(
+        model.parameters(), torch.optim.AdamW, fs.scale(fs.cosine(0.5, 6)), mean, model=model, lr=0.1
+    ),
+    "chain": lambda model: Optimizer(model.parameters(), CHAIN, model=model),
+}
+
+
+@pytest.mark.parametrize("when", ["before the loss", "before backward", "after backward"])
+@pytest.mark.parametrize("bad", [1, 2])
+@pytest.mark.parametrize("name", FAILING)
+def test_a_failing_closure_leaves_everything(name, bad, when):
+    """Params, buffers and states are as they were, bit for bit, whichever pass raises; the next step goes on."""
+    model, data = model_and_data("batch norm")
+    optimizer, other = FAILING[name](model), copy.deepcopy(model)
+    twin = FAILING[name](other)
+    closures(optimizer, model, data[:1])
+    closures(twin, other, data[:1])
+    before, calls = copy.deepcopy((model.state_dict(), optimizer.state_dict())), []
 
     def closure():
         calls.append(0)
-        if len(calls) == 2:
+        if len(calls) == bad and when == "before the loss":
             raise ZeroDivisionError
-        value = loss(model, *data[0])
+        value = loss(model, *data[1])
+        if len(calls) == bad and when == "before backward":
+            raise ZeroDivisionError
         value.backward()
+        if len(calls) == bad:
+            raise ZeroDivisionError
         return value
 
     with pytest.raises(ZeroDivisionError):
         optimizer.step(closure)
-    equal(fs.nn.split(model), before)
-    closures(optimizer, model, data)
+    after = model.state_dict(), optimizer.state_dict()
+    equal(after[0], before[0])
+    for key in ("state", "funcsam"):
+        equal(after[1][key], before[1][key])
+    assert all(p.grad is None for p in model.parameters())
+    closures(optimizer, model, data[1:])
+    closures(twin, other, data[1:])
+    equal(model.state_dict(), other.state_dict())
+
+
+def test_a_failing_second_pass_leaves_what_the_first_pass_wrote():
+    """Where the first pass was done before `step`, its buffers are those that the call found."""
+    model, data = model_and_data("batch norm")
+    optimizer = SAM(model.parameters(), rho=0.5, model=model, **SGD)
+    loss(model, *data[0]).backward()
+    before = copy.deepcopy(model.state_dict())
+
+    def closure():
+        loss(model, *data[1])
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(closure)
+    equal(model.state_dict(), before)
 
 
 # Precision, accumulation, clipping
@@ -684,8 +725,11 @@ def test_two_first_steps_in_a_row_are_refused():
     optimizer = SAM(model.parameters(), **SGD)
     loss(model, *data[0]).backward()
     optimizer.first_step()
-    with pytest.raises(RuntimeError, match="first_step: must be followed by `second_step`, got another"):
-        optimizer.first_step()
+    before = copy.deepcopy(model.state_dict())
+    for again in (optimizer.first_step, lambda: optimizer.step(lambda: loss(model, *data[0]))):
+        with pytest.raises(RuntimeError, match="first_step: must be followed by `second_step`, got another"):
+            again()
+    equal(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("copied", [False, True])
