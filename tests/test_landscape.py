@@ -120,6 +120,13 @@ def test_directions_keep_the_dtype(dtype):
     close(*norms, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_half_filters_are_exact(dtype):
+    """They are taken in float32: small squares do not vanish, large ones do not overflow, long sums do not stall."""
+    weight = torch.tensor([[2.0**-12], [2.0**9]]).expand(2, 4096).to(dtype)
+    equal(landscape.filter_normalize(torch.ones_like(weight), weight), weight)
+
+
 def test_members_have_directions_of_their_own():
     """`filter_normalize` goes under `vmap`."""
     weights, draws = torch.randn(4, 2, 3), torch.randn(4, 2, 3)

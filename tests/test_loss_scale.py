@@ -71,6 +71,18 @@ def test_the_scale_moves_as_in_torchs_grad_scaler(events, interval):
     assert [(s.scale.item(), s.growth_tracker.item()) for s in states] == wanted
 
 
+def test_the_scale_stops_growing_at_the_largest_number():
+    """Infinity would make every later gradient NaN: at the largest power of two the scale stays, and steps go on."""
+    tx = fs.dynamic_loss_scale(fs.sgd(0.1), init_scale=2.0**126, growth_interval=1)
+    w, state = torch.zeros(1), None
+    state, scales = tx.init(w), []
+    for _ in range(4):
+        w, state, _ = tx.step(w, fs.grad_and_value(lambda w: 1e-30 * w.sum()), state)
+        scales.append(state.scale.item())
+    assert scales == [2.0**127] * 4
+    close(w, torch.full((1,), -4e-31), rtol=0)
+
+
 def _factor(event):
     return 1.0 if event == "fine" else torch.inf
 
