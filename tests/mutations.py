@@ -5,29 +5,32 @@ on two cores. Exits with 1 if a mutation lives or cannot be tried.
 """
 
 import argparse
+import importlib
 import os
 import pathlib
-import queue
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
 from typing import NamedTuple
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
-TIMEOUT = 300
-"""Seconds after which a mutation counts as noticed: it loops."""
-ENVIRONMENT = {
-    **os.environ,
-    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
-    "HYPOTHESIS_PROFILE": "mutations",
-    "PYTHONDONTWRITEBYTECODE": "1",  # a file may change twice within the second that bytecode is dated by
-}
 ORDER = ["closed_forms", "schedules", "messages", "gradients"]
 LAWS = ["family", "order", "numerics", "contract", "transformations"]
 TESTS = [*(f"tests/test_{name}.py" for name in ORDER), "tests/parity", *(f"tests/laws/test_{name}.py" for name in LAWS)]
+TIMEOUT = 300
+"""Seconds after which a mutation counts as noticed: it loops."""
+PRELOADED = ("torch._dynamo.testing", "hypothesis.extra.numpy", "sklearn.model_selection", "matplotlib.figure", "typer")
+"""What takes seconds to import, and is imported once for all."""
+OPTIONS = ("-x", "-q", "--no-header", "--tb=line", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:nbmake")
+OPTIONS += ("-m", "not compile and not parity", "-W", "ignore:Module already imported")
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+os.environ["HYPOTHESIS_PROFILE"] = "mutations"
+sys.dont_write_bytecode = True  # a file may change twice within the second that bytecode is dated by
 
 
 class Mutation(NamedTuple):
@@ -473,8 +476,8 @@ MUTATIONS += [
     Mutation(
         "gradients stay after a step",
         "torch_optim/two_step.py",
-        "            self.restore()\n        self.zero_grad()\n",
-        "            self.restore()\n",
+        "        self.restore()\n        self.zero_grad()\n        return",
+        "        self.restore()\n        return",
         FRONT,
     ),
     Mutation(
@@ -806,68 +809,100 @@ def mutated(mutation: Mutation) -> str:
 
 
 def stale() -> list[str]:
-    """Lists the mutations of which the library no longer has the text, or the tests."""
-    named = {m: [t for t in m.tests if not (ROOT / t.partition("::")[0]).exists()] for m in MUTATIONS}
-    return [f"{m.name!r} ({m.file})" for m in MUTATIONS if not mutated(m) or named[m]]
+    """Lists the mutations of which the library no longer has the text, or the tests, and those with the name of another."""
+    names = [m.name for m in MUTATIONS]
+    return [
+        f"{m.name!r} ({m.file})"
+        for m in MUTATIONS
+        if not mutated(m)
+        or names.count(m.name) > 1
+        or any(not (ROOT / test.partition("::")[0]).exists() for test in m.tests)
+        or any(f"def {name}(" not in (ROOT / file).read_text() for file, _, name in (test.partition("::") for test in m.tests) if name)
+    ]
 
 
-def outcome(mutation: Mutation, copy: pathlib.Path) -> tuple[str, str]:
-    """Breaks a copy, runs the tests, mends it, and tells `alive`, `killed` or `broken`, and by which test."""
-    path = copy / "funcsam" / mutation.file
-    text = path.read_text()
-    path.write_text(mutated(mutation))
-    options = ("-x", "-q", "--no-header", "--tb=line", "-m", "not compile and not parity")
-    command = [sys.executable, "-m", "pytest", *options, *(mutation.tests or TESTS)]
+def child(mutation: Mutation, copy: pathlib.Path) -> int:
+    """Breaks a copy and starts the tests in a process that has torch and all else imported already; returns its number."""
+    (copy / "funcsam" / mutation.file).write_text(mutated(mutation))
+    number = os.fork()
+    if number:
+        return number
+    with (copy / "output").open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    signal.alarm(TIMEOUT)
+    os.chdir(copy)
+    os.environ["PYTHONPATH"] = str(copy)
+    sys.path[0] = str(copy)
+    code = 70
     try:
-        done = subprocess.run(
-            command,
-            cwd=copy,
-            env={**ENVIRONMENT, "PYTHONPATH": str(copy)},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=TIMEOUT,
-        )
-    except subprocess.TimeoutExpired:
-        return "killed", f"after {TIMEOUT} s"
+        code = pytest.main([*OPTIONS, *(mutation.tests or TESTS)])
+    except BaseException:
+        traceback.print_exc()
     finally:
-        path.write_text(text)
-    if not done.returncode:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def outcome(status: int, output: str) -> tuple[str, str]:
+    """Tells `alive`, `killed` or `broken`, and by which test, from how the tests ended and what they printed."""
+    if os.WIFSIGNALED(status):
+        return "killed", f"by signal {os.WTERMSIG(status)}; after {TIMEOUT} s it is {signal.SIGALRM:d}"
+    if not os.waitstatus_to_exitcode(status):
         return "alive", ""
-    lines = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    lines = [line.split(" - ")[0] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     by = [line.partition(" ")[2] for line in lines if "::" in line]  # an error without a test: nothing was run
-    return ("killed", by[0]) if by else ("broken", (done.stdout + done.stderr)[-500:])
+    return ("killed", by[0]) if by else ("broken", output[-500:])
+
+
+class Trials:
+    """Mutations that are tried side by side, each in a copy of the library and its tests."""
+
+    def __init__(self, folder: pathlib.Path, copies: int) -> None:
+        self.free = [folder / str(k) for k in range(copies)]
+        self.running: dict[int, tuple[Mutation, pathlib.Path, float]] = {}
+        self.ends: dict[str, str] = {}
+        for copy in self.free:
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "notebooks", "results"))
+
+    def start(self, mutation: Mutation) -> None:
+        """Starts one, as soon as a copy is free."""
+        if not self.free:
+            self.wait()
+        copy = self.free.pop()
+        self.running[child(mutation, copy)] = mutation, copy, time.monotonic()
+
+    def wait(self) -> None:
+        """Waits for one, mends its copy, and says how it ended."""
+        number, status = os.wait()
+        mutation, copy, begin = self.running.pop(number)
+        shutil.copy(ROOT / "funcsam" / mutation.file, copy / "funcsam" / mutation.file)
+        end, why = outcome(status, (copy / "output").read_text())
+        self.free.append(copy)
+        self.ends[mutation.name] = end
+        print(f"{end}  {time.monotonic() - begin:5.1f} s  {mutation.name}  {why}", flush=True)
 
 
 def main() -> None:
-    """Runs the mutations that contain one of the words, or all."""
+    """Tries the mutations that contain one of the words, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", help="of the mutations; all if none are given")
     parser.add_argument("-j", type=int, default=2, metavar="COPIES", help="how many are tried at once")
     given = parser.parse_args()
     if old := stale():
-        sys.exit(f"mutations: `old` and `tests` must occur, got nothing for {', '.join(old)}.")
+        sys.exit(f"mutations: `old` and `tests` must occur, and names once, got nothing or two for {', '.join(old)}.")
     chosen = [m for m in MUTATIONS if not given.words or any(word in m.name for word in given.words)]
+    for name in PRELOADED:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
-        copies: queue.Queue[pathlib.Path] = queue.Queue()
-        for k in range(given.j):
-            copy = pathlib.Path(folder) / str(k)
-            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "notebooks", "results"))
-            copies.put(copy)
-
-        def tried(mutation: Mutation) -> str:
-            copy, begin = copies.get(), time.monotonic()
-            try:
-                end, why = outcome(mutation, copy)
-            finally:
-                copies.put(copy)
-            print(f"{end}  {time.monotonic() - begin:5.1f} s  {mutation.name}  {why}", flush=True)
-            return end
-
-        with ThreadPoolExecutor(given.j) as pool:
-            ends = list(pool.map(tried, chosen))
-    left = [m.name for m, end in zip(chosen, ends, strict=True) if end != "killed"]
-    print(f"{ends.count('killed')} of {len(chosen)} killed" + (f", not: {left}" if left else ""))
+        trials = Trials(pathlib.Path(folder), given.j)
+        for mutation in chosen:
+            trials.start(mutation)
+        while trials.running:
+            trials.wait()
+    left = [name for name, end in trials.ends.items() if end != "killed"]
+    print(f"{len(chosen) - len(left)} of {len(chosen)} killed" + (f", not: {left}" if left else ""))
     sys.exit(bool(left))
 
 
