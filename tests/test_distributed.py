@@ -105,6 +105,13 @@ def test_ranks_that_start_from_different_seeds_are_refused(ranks):
     close(ranks[0]["broadcast"], wanted, rtol=1e-12)
 
 
+def test_ranks_that_are_nearly_alike_are_refused(ranks):
+    """One sum or one length is not enough, and every leaf counts."""
+    for rank in ranks:
+        for text in rank["refused each"]:
+            assert "all_reduce_mean: `params` must be the same on every rank" in text
+
+
 @pytest.mark.parametrize("shares", SHARES)
 def test_an_uneven_batch(ranks, shares):
     """With the weights that the docstring names: the mean over all examples, also where a rank has none."""

@@ -148,6 +148,81 @@ def test_it_is_the_pure_chain(loop, name):
     close(torch.tensor(found, dtype=torch.float64), torch.stack(losses))
 
 
+class Bags(nn.Module):
+    """Two embeddings around a linear layer, and in front and behind a param that the loss does not use."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(2))
+        self.first = nn.EmbeddingBag(8, 4, mode="sum", sparse=sparse)
+        self.layer = nn.Linear(4, 4)
+        self.last = nn.EmbeddingBag(8, 4, mode="sum", sparse=sparse)
+        self.idle = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        words = (x.abs() * 4).long().clamp(max=7)
+        return self.last(words.flip(1)) + torch.tanh(self.layer(self.first(words)))
+
+
+BAGS = {
+    "sam": lambda model: SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1),
+    "asam": lambda model: SAM(model.parameters(), torch.optim.SGD, rho=0.3, adaptive=True, lr=0.1),
+    "mean": lambda model: SharpnessAware(
+        model.parameters(), torch.optim.Adam, fs.chain(fs.normalize(), fs.scale(0.3)), mean, lr=0.1
+    ),
+    "groups": lambda model: SAM(
+        [{"params": [p], "rho": 0.1 * k} for k, p in enumerate(model.parameters())], torch.optim.SGD, lr=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", BAGS)
+def test_sparse_and_missing_gradients_among_others(name, loop):
+    """Some gradients are sparse, some dense, some are not there: it is the step where all are dense."""
+    params = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = Bags(sparse).double()
+        optimizer = BAGS[name](model)
+        optimizer.first_pass = "gradients" if loop is backward_first else "closure"
+        loop(optimizer, model, batches(3))
+        params.append(fs.nn.split(model)[0])
+    close(*params)
+    equal((params[0]["unused"], params[0]["idle"]), (torch.ones(2).double(), torch.ones(3).double()))
+
+
+def test_sparse_gradients_in_a_whole_chain():
+    """The pure parts see dense ones."""
+    params = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = Bags(sparse).double()
+        closures(Optimizer(model.parameters(), CHAIN), model, batches(3))
+        params.append(fs.nn.split(model)[0])
+    close(*params)
+
+
+@pytest.mark.parametrize(("rhos", "adaptive"), [((0.1, 0.1, 0.4), (0, 0, 0)), ((0.2, 0.2, 0.2), (0, 1, 0))])
+def test_groups_that_differ_in_one(rhos, adaptive):
+    """Neither the first group nor most of them stand for all."""
+    model, data = model_and_data("batch norm")
+    other = copy.deepcopy(model)
+
+    def groups(model):
+        leaves = list(model.parameters())
+        parts = (leaves[:1], leaves[1:3], leaves[3:])
+        return [
+            {"params": part, "rho": rho, "adaptive": bool(on)}
+            for part, rho, on in zip(parts, rhos, adaptive, strict=True)
+        ]
+
+    closures(SAM(groups(model), **SGD), model, data[:1])
+    plain = [{"params": group["params"]} for group in groups(other)]
+    Reference(groups(other), torch.optim.SGD(plain, lr=0.1, momentum=0.9)).run(other, data[:1])
+    close(fs.nn.split(model)[0], fs.nn.split(other)[0], rtol=1e-6)
+
+
 def mean(grads, probe):
     """Half of each."""
     return fs.tree.scale(0.5, fs.tree.add(grads, probe))

@@ -127,6 +127,16 @@ def refused(params):
     return ""
 
 
+def nearly_alike(rank):
+    """Params of a rank that differ in one thing only: in size with one sum, in sign, in the last leaf, in one NaN."""
+    ones = torch.ones(2)
+    yield {"w": torch.tensor([1.0, -1.0]) * (rank + 1)}
+    yield {"w": torch.tensor([1.0]) * (-1) ** rank}
+    yield {"a": ones, "b": ones, "c": ones + (rank == dist.get_world_size() - 1)}
+    yield {"w": torch.tensor([0.0, torch.nan if rank else 2.0])}
+    yield {"z": torch.complex(ones, ones * rank)}
+
+
 def main():
     """Computes every case and writes what this rank has."""
     dist.init_process_group("gloo")
@@ -151,6 +161,7 @@ def main():
     found["state upstream"] = run(fs.chain(fs.trace(0.5), all_reduce_mean(), fs.sam(0.2), sgd()), smooth(), own)[3]
     other = fs.nn.split(network(seed=rank))
     found["refused"] = refused(other[0])
+    found["refused each"] = [refused(params) for params in nearly_alike(rank)]
     found["sharded"] = refused(shard({"w": torch.ones(4)}, init_device_mesh("cpu", (world,))))
     found["a mean"] = mean({"x": torch.tensor(float(rank)), "n": torch.tensor(rank)})
     found["broadcast"] = train(fs.chain(all_reduce_mean(), sgd()), network(seed=rank), own, start=broadcast(other))
