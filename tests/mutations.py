@@ -1395,6 +1395,252 @@ MUTATIONS += [
     ),
 ]
 
+UNSAID = node("closed_forms", "numbers_that_are_not_given")
+WIDEST = laws("numerics", "scalars_are_computed_in_the_widest_type")
+NOTHING_SAID = node("torch_optim", "gradients_stay_where_nothing_is_said")
+COMBINED = node("torch_optim", "a_combination_gets_the_gradients_in_this_order")
+SLICES = node("measures", "slices_pass_on_every_number")
+SHARES = node("compare", "parts_of_a_run_have_their_share_of_the_time")
+TIMES = node("compare", "the_time_of_a_step_is_the_median_over_the_epoch")
+SCALED = node("compare", "features_are_scaled_by_the_training_part")
+NOISE = node("compare", "noise_is_exact_and_symmetric_noise_draws_from_all_classes")
+SHUFFLES = node("compare", "every_seed_and_every_epoch_shuffles_anew")
+
+MUTATIONS += [
+    Mutation("sam has another radius", "family/sam.py", "def sam(rho: Any = 0.05)", "def sam(rho: Any = 0.1)", UNSAID),
+    Mutation("asam has another radius", "family/sam.py", "def asam(rho: Any = 2.0", "def asam(rho: Any = 0.5", UNSAID),
+    Mutation(
+        "sam_update has another radius",
+        "family/sam.py",
+        "*batch: Any, rho: Any = 0.05",
+        "*batch: Any, rho: Any = 0.1",
+        UNSAID,
+    ),
+    Mutation(
+        "trace has another decay",
+        "moments.py",
+        "decay: ScalarOrSchedule = 0.9,",
+        "decay: ScalarOrSchedule = 0.99,",
+        UNSAID,
+    ),
+    Mutation(
+        "scalars have the type of the last leaf",
+        "tree.py",
+        "torch.promote_types(dtype, (leaf",
+        "torch.promote_types(torch.float32, (leaf",
+        WIDEST,
+    ),
+    Mutation(
+        "the loss scale backs off as it grows",
+        "loss_scale.py",
+        "state.scale * backoff_factor",
+        "state.scale / growth_factor",
+        node("loss_scale", "the_scale_moves_as_in_torchs_grad_scaler"),
+    ),
+    Mutation(
+        "most slices are enough",
+        "loss_scale.py",
+        "(finite == 1)",
+        "(finite >= 0.5)",
+        node("loss_scale", "one_bad_slice_that_no_update_sees_skips_the_step"),
+    ),
+    Mutation(
+        "the loss scale grows too soon",
+        "loss_scale.py",
+        "growth_interval: int = 2000",
+        "growth_interval: int = 200",
+        node("loss_scale", "numbers_that_are_not_given_are_those_of_torch"),
+    ),
+    Mutation(
+        "first_step clears gradients unasked",
+        "torch_optim/two_step.py",
+        "        add(values, offset)\n        if zero_grad:",
+        "        add(values, offset)\n        if True:",
+        NOTHING_SAID,
+    ),
+    Mutation(
+        "second_step clears gradients unasked",
+        "torch_optim/two_step.py",
+        "look at\n        if zero_grad:",
+        "look at\n        if True:",
+        NOTHING_SAID,
+    ),
+    Mutation(
+        "the front end combines the other way round",
+        "torch_optim/two_step.py",
+        "combine(first, self._grads())",
+        "combine(self._grads(), first)",
+        COMBINED,
+    ),
+    Mutation(
+        "gradients of the first pass are kept in place",
+        "torch_optim/two_step.py",
+        "None if p.grad is None else g.clone()",
+        "None if p.grad is None else g",
+        COMBINED,
+    ),
+    Mutation(
+        "only the first radius may move",
+        "torch_optim/two_step.py",
+        "if numbers != self._numbers",
+        "if numbers[:1] != (self._numbers or [])[:1]",
+        node("torch_optim", "the_radius_of_any_group_may_move"),
+    ),
+    Mutation(
+        "closures run without gradients",
+        "torch_optim/two_step.py",
+        "closure = torch.enable_grad()(closure)",
+        "pass",
+        node("torch_optim", "a_step_where_no_gradients_are_taken"),
+    ),
+    Mutation(
+        "a group that moves in part does not move",
+        "groups.py",
+        "all(x is y",
+        "any(x is y",
+        laws("groups", "leaves_that_stay_do_not_hide_those_that_move"),
+    ),
+    Mutation(
+        "a member is a view",
+        "ensemble.py",
+        "leaf[index].clone()",
+        "leaf[index]",
+        node("ensemble", "a_member_is_a_copy"),
+    ),
+    Mutation(
+        "members in a loop never draw the same",
+        "ensemble.py",
+        'chunk_size == 1 and randomness != "same"',
+        "chunk_size == 1",
+        node("ensemble", "dropout_differs_between_members_unless_it_is_to_be_the_same"),
+    ),
+    Mutation(
+        "members draw the same where nothing is said",
+        "ensemble.py",
+        'randomness: Randomness = "different"',
+        'randomness: Randomness = "same"',
+        node("ensemble", "dropout_differs_between_members_unless_it_is_to_be_the_same"),
+    ),
+    Mutation(
+        "slices ignore the mask",
+        "measures/worst.py",
+        "near = neighbourhood(where, rho, adaptive, eta, mask)\n    checks.count(where, m",
+        "near = neighbourhood(where, rho, adaptive, eta, None)\n    checks.count(where, m",
+        SLICES,
+    ),
+    Mutation(
+        "slices ignore eta",
+        "measures/worst.py",
+        "near = neighbourhood(where, rho, adaptive, eta, mask)\n    checks.count(where, m",
+        "near = neighbourhood(where, rho, adaptive, 0.0, mask)\n    checks.count(where, m",
+        SLICES,
+    ),
+    Mutation("slices take one step", "measures/worst.py", "part, rho, steps, near)", "part, rho, 1, near)", SLICES),
+    Mutation(
+        "the trace has one seed",
+        "measures/spectra.py",
+        "rademacher, real, draws, seed,",
+        "rademacher, real, draws, 0,",
+        node("measures", "seeds_draw_anew"),
+    ),
+    Mutation(
+        "complex directions are real",
+        "landscape.py",
+        "torch.complex64 if leaf.is_complex() else torch.float32",
+        "torch.float32",
+        node("landscape", "directions_of_complex_weights_are_complex"),
+    ),
+    Mutation(
+        "a part of a run takes all of its time", "studies/training.py", "share * self.seconds", "self.seconds", SHARES
+    ),
+    Mutation(
+        "parts of a run stay in the order of the processes",
+        "studies/training.py",
+        "for part in parts], 1)[:, order]",
+        "for part in parts], 1)",
+        SHARES,
+    ),
+    Mutation("one slow step counts", "studies/training.py", "statistics.median(", "statistics.mean(", TIMES),
+    Mutation(
+        "the slowest member counts",
+        "studies/training.py",
+        "torch.tensor(sum(seconds))",
+        "torch.tensor(max(seconds))",
+        TIMES,
+    ),
+    Mutation(
+        "an epoch has one step too many",
+        "studies/problem.py",
+        "len(self.data.y) // self.batch_size",
+        "-(-len(self.data.y) // self.batch_size)",
+        TIMES,
+    ),
+    Mutation(
+        "some examples are measured on clean labels",
+        "studies/problem.py",
+        "self.noisy[:, self.judged]",
+        "self.data.y[self.judged].expand(len(self.noisy), -1)",
+        node("compare", "some_examples_are_measured_on_their_own_labels"),
+    ),
+    Mutation("pixels end above 1", "studies/data.py", "(0.0, 16.0)", "(0.0, 15.0)", SCALED),
+    Mutation(
+        "the test part scales the features",
+        "studies/data.py",
+        "(x.mean(0), x.std(0))",
+        "(features.mean(0), features.std(0))",
+        SCALED,
+    ),
+    Mutation("the test part is a fifth", "studies/data.py", "TEST_FRACTION = 0.25", "TEST_FRACTION = 0.2", SCALED),
+    Mutation("noise is rounded down", "studies/data.py", "round(noise * len(y))", "int(noise * len(y))", NOISE),
+    Mutation(
+        "noise never draws the last class",
+        "studies/data.py",
+        "integers(0, classes, len",
+        "integers(0, classes - 1, len",
+        NOISE,
+    ),
+    Mutation("every seed has one noise", "studies/data.py", "(_NOISE, seed)", "(_NOISE, 0)", NOISE),
+    Mutation("every epoch has one order", "studies/data.py", "(_SHUFFLE, seed, epoch)", "(_SHUFFLE, seed)", SHUFFLES),
+    Mutation(
+        "every seed has one order", "studies/data.py", "(_SHUFFLE, seed, epoch)", "(_SHUFFLE, 0, epoch)", SHUFFLES
+    ),
+    Mutation(
+        "any format is read",
+        "studies/checkpoint.py",
+        'content["format"] == FORMAT',
+        "True",
+        node("compare", "a_checkpoint_of_another_format_is_refused"),
+    ),
+    Mutation(
+        "errors of a table have the size of the mean",
+        "studies/measuring.py",
+        "figures['standard_error']:.1g",
+        "figures['mean']:.1g",
+        node("looking", "numbers_of_a_table_are_short"),
+    ),
+    Mutation(
+        "types of a broadcast are lost",
+        "distributed/average.py",
+        ".view(leaves[k].shape).to(leaves[k].dtype)",
+        ".view(leaves[k].shape)",
+        node("distributed", "a_broadcast_keeps_every_type[2]"),
+    ),
+    Mutation(
+        "only numbers with a point are broadcast",
+        "distributed/average.py",
+        'rule == "first" or (rule == "mean" and',
+        'rule != "local" and (',
+        node("distributed", "a_broadcast_keeps_every_type[2]"),
+    ),
+    Mutation(
+        "whole numbers are averaged over ranks",
+        "distributed/average.py",
+        'rule == "first" or (rule == "mean" and',
+        'rule == "first" or (rule == "mean" or',
+        node("distributed", "the_mean_of_a_tree[2]"),
+    ),
+]
+
 
 def mutated(mutation: Mutation) -> str:
     """Returns the text of the file that is broken, or `""` if it has not the text to be replaced."""

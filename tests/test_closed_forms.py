@@ -127,3 +127,25 @@ def test_weights_decay_where_the_mask_says(mask, decay):
     equal(update(fs.add_decayed_weights(decay, mask)), {"w": torch.tensor([10.5, 19.0]), "b": grads["b"]})
     plain, decayed = update(fs.adamw(0.25, weight_decay=0.0)), update(fs.adamw(0.25, weight_decay=decay, mask=mask))
     close(decayed, {"w": plain["w"] - 0.125 * params["w"], "b": plain["b"]}, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tx", "wanted"),
+    [
+        (fs.sam(), 1 + 0.05),  # on a parabola at w > 0 the ascent is rho, and rho w for asam
+        (fs.asam(), 1 + 2.0),
+        (fs.trace(), 1 + 0.9),  # the second step
+        (fs.sharpness_aware(fs.scale(0.25)), 1 + 0.25),
+    ],
+    ids=["sam", "asam", "trace", "sharpness_aware"],
+)
+def test_numbers_that_are_not_given(tx, wanted):
+    """They are those of the papers and of the docstrings."""
+    w, gradient = torch.tensor(1.0, dtype=torch.float64), lambda w: w
+    updates, state, _ = tx.update(w, gradient, tx.init(w))
+    updates = tx.update(w, gradient, state)[0]
+    close(updates, torch.tensor(wanted, dtype=torch.float64))
+    for adaptive, rho in ((False, 0.05), (True, 0.05)):
+        made = fs.asam(rho) if adaptive else fs.sam(rho)
+        found = fs.sam_update(2 * w, gradient, made.init(w), adaptive=adaptive)[0]
+        close(found, 2 * w + rho * (2 if adaptive else 1))

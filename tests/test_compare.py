@@ -515,6 +515,78 @@ def test_bars_show_the_means_of_the_last_epoch():
     assert (task.completed, task.total, task.fields["note"]) == (2, 5, "loss 0.300  test 80.0 %")
 
 
+def test_parts_of_a_run_have_their_share_of_the_time():
+    """A value of a sweep that of its members; of processes side by side the slowest counts, in the order of seeds."""
+    run = made_up(loss=rows([1, 2, 3, 4], [5, 6, 7, 8]), seconds=rows(8, 4))
+    part = run.of([1, 3])
+    equal((part.loss, part.seconds), (rows([2, 4], [6, 8]), rows(4, 2)))
+    other = run.of(slice(0, 2))._replace(seconds=rows(1, 9))
+    whole = training.joined([part, other], torch.tensor([2, 0, 3, 1]))
+    equal((whole.loss, whole.seconds), (rows([1, 2, 2, 4], [5, 6, 6, 8]), rows(4, 9)))
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_the_time_of_a_step_is_the_median_over_the_epoch(looped, monkeypatch):
+    """One slow step does not count; where members are trained one after the other their times are added."""
+    given, params, buffers = small(batch_size=32)
+    run = training.start(lambda: fs.sgd(0.1), given, params, buffers)
+    ticks = iter([tick for _ in range(3) for tick in (0, 1, 100, 102, 105)])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(ticks))
+    given = given._replace(looped=looped)
+    after = training.advance(run, lambda hyper, *carry_and_batch: carry_and_batch[:3], given)
+    assert given.steps() == 4
+    assert after.seconds.tolist() == [3 * 2.5 if looped else 2.5]  # of 1, 99, 2 and 3
+
+
+def test_some_examples_are_measured_on_their_own_labels():
+    given, _, _ = small()
+    judged = torch.tensor([3, 1, 4])
+    x, y = given._replace(judged=judged).examined()
+    equal((x, y), (given.data.x[judged], given.noisy[:, judged]))
+    assert (y != given.data.y[judged]).any()
+
+
+# The data
+
+
+def test_features_are_scaled_by_the_training_part():
+    """Pixels lie in [0, 1]; other features have mean 0 and variance 1, on the training part; a quarter is test."""
+    digits, wine = data.load("digits"), data.load("wine")
+    assert (digits.x.min(), digits.x.max()) == (0, 1)
+    close(wine.x.double().mean(0), torch.zeros(13, dtype=torch.float64), rtol=1e-6)
+    close(wine.x.double().std(0, correction=0), torch.ones(13, dtype=torch.float64), rtol=1e-6)
+    assert (len(digits.y), len(digits.test_y), len(wine.y), len(wine.test_y)) == (1347, 450, 133, 45)
+    assert (digits.classes, wine.classes) == (10, 3)
+
+
+def test_noise_is_exact_and_symmetric_noise_draws_from_all_classes():
+    """The number of examples is rounded to the nearest; each class comes up, the right one too."""
+    y = torch.zeros(100, dtype=torch.int64)
+    assert (data.noisy(y, 2, 0.29, 0, {0: 1}) == 1).sum() == 29  # 0.29 * 100 is 28.999999999999996
+    drawn = data.noisy(torch.zeros(30_000, dtype=torch.int64), 3, 1.0, 0).bincount(minlength=3)
+    assert drawn.sub(10_000).abs().max() < 400
+    assert not torch.equal(data.noisy(y, 9, 0.5, 0), data.noisy(y, 9, 0.5, 1))
+
+
+def test_every_seed_and_every_epoch_shuffles_anew():
+    """And sees every example at most once."""
+    orders = [data.order(10, 3, [seed], epoch)[:, 0].flatten() for seed in (0, 1) for epoch in (0, 1)]
+    for k, order in enumerate(orders):
+        assert len(order.unique()) == len(order) == 9
+        assert not any(torch.equal(order, other) for other in orders[:k])
+    both = data.order(10, 3, [0, 1], 1)
+    equal((both[:, 0].flatten(), both[:, 1].flatten()), (orders[1], orders[3]))
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "sgd.pt"
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "FORMAT", checkpoint.FORMAT - 1)
+        checkpoint.save(path, {}, {})
+    with pytest.raises(StudyError, match=f"must have format {checkpoint.FORMAT}, got {checkpoint.FORMAT - 1}"):
+        checkpoint.load(path, {})
+
+
 # What the members of an ensemble train on and are measured on
 
 

@@ -11,6 +11,7 @@ from tests.distributed.reduce import (
     EXAMPLES,
     PLACES,
     SHARES,
+    TYPES,
     data,
     images,
     mean_loss,
@@ -166,6 +167,12 @@ def test_the_mean_of_a_tree(ranks):
     """Of floating-point leaves; others stay the rank's own."""
     for number, rank in enumerate(ranks):
         equal(rank["a mean"], {"x": torch.tensor((len(ranks) - 1) / 2), "n": torch.tensor(number)})
+
+
+def test_a_broadcast_keeps_every_type(ranks):
+    """Flags, counters, half precision, complex numbers: those of the first rank, side by side."""
+    for rank in ranks:
+        equal(rank["of any type"], [torch.tensor([0]).to(kind) + 1 for kind in TYPES])
 
 
 def test_an_overflow_on_one_rank_is_seen_by_all(ranks):

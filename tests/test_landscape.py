@@ -127,6 +127,14 @@ def test_norms_of_half_filters_are_exact(dtype):
     equal(landscape.filter_normalize(torch.ones_like(weight), weight), weight)
 
 
+def test_directions_of_complex_weights_are_complex():
+    """Real and imaginary parts are drawn alike."""
+    first, second = landscape.directions(torch.full((50, 50), 1 + 0j))
+    for direction in (first, second):
+        close(direction.real.std(), direction.imag.std(), rtol=0.05)
+    assert (first != second).all()
+
+
 def test_members_have_directions_of_their_own():
     """`filter_normalize` goes under `vmap`."""
     weights, draws = torch.randn(4, 2, 3), torch.randn(4, 2, 3)

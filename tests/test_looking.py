@@ -106,6 +106,14 @@ def test_every_seed_is_measured_on_its_own_labels():
         assert len({round(value, 8) for value in each}) == 3
 
 
+def test_numbers_of_a_table_are_short():
+    """Three digits of the mean, one of its error."""
+    seeds = {"mean": 0.123456, "standard_error": 0.00678, "seeds": []}
+    assert measuring._short(seeds) == "0.123 ± 0.007"
+    assert measuring._short(seeds | {"standard_error": None}) == "0.123"
+    assert measuring._short(seeds | {"mean": None}) == "not finite"
+
+
 def test_measures_of_images(images):
     """On all of them, where there are fewer than are asked for."""
     assert run("measure", images, *QUICK, "--examples", 500, "--data-dir", DATA) == 0

@@ -244,6 +244,15 @@ def test_any_member_of_the_family(loop):
 CHAIN = fs.chain(fs.clip_by_global_norm(1.0), fs.sam(0.2), fs.adamw(0.01))
 
 
+FAILING = {
+    "SAM": lambda model: SAM(model.parameters(), rho=0.5, model=model, **SGD),
+    "a moving radius": lambda model: SharpnessAware(
+        model.parameters(), torch.optim.AdamW, fs.scale(fs.cosine(0.5, 6)), mean, model=model, lr=0.1
+    ),
+    "chain": lambda model: Optimizer(model.parameters(), CHAIN, model=model),
+}
+
+
 def test_a_whole_chain():
     """`Optimizer` runs what a pure loop runs."""
     model, data = model_and_data("batch norm")
@@ -553,6 +562,60 @@ def test_gradients_are_clear_after_a_step():
         assert all(p.grad is None for p in model.parameters())
 
 
+def test_gradients_stay_where_nothing_is_said():
+    """`first_step()` and `second_step()` leave them; `zero_grad=True` clears them."""
+    model, data = model_and_data()
+    optimizer = SAM(model.parameters(), **SGD)
+    for zero_grad in (False, True):
+        for half in (optimizer.first_step, optimizer.second_step):
+            optimizer.zero_grad()
+            loss(model, *data[0]).backward()
+            before = [p.grad.clone() for p in model.parameters()]
+            half(zero_grad=zero_grad) if zero_grad else half()
+            after = [p.grad for p in model.parameters()]
+            assert all(g is None for g in after) if zero_grad else all(map(torch.equal, after, before))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_combination_gets_the_gradients_in_this_order(loop):
+    """That of the params first, also where the caller zeroes gradients in place between the passes."""
+    combine = lambda grads, probe: fs.tree.add_scaled(probe, -0.25, grads)  # noqa: E731
+    climb = fs.chain(fs.normalize(), fs.scale(0.3))
+    model, data = model_and_data()
+    wanted = pure_loop(model, data, tx=fs.chain(fs.sharpness_aware(climb, combine=combine), fs.sgd(0.1)))
+    optimizer = SharpnessAware(model.parameters(), torch.optim.SGD, climb, combine, lr=0.1)
+    zero_grad = optimizer.zero_grad
+    optimizer.zero_grad = lambda: zero_grad(set_to_none=loop is not two_step)
+    loop(optimizer, model, data)
+    close(fs.nn.split(model)[0], wanted[0])
+
+
+def test_the_radius_of_any_group_may_move():
+    """Not of the first alone."""
+    model, data = model_and_data()
+    other = copy.deepcopy(model)
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
+    optimizer = SAM(groups, rho=0.2, **SGD)
+    for k, batch in enumerate(data):
+        optimizer.param_groups[1]["rho"] = 0.2 / (k + 1)
+        closures(optimizer, model, [batch])
+    moving = lambda step: 0.2 / (step + 1)  # noqa: E731
+    rho = {name: 0.2 if name.startswith("0") else moving for name, _ in other.named_parameters()}
+    close(fs.nn.split(model)[0], pure_loop(other, data, tx=fs.chain(fs.sam(rho), fs.sgd(0.1, momentum=0.9)))[0])
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_step_where_no_gradients_are_taken(name):
+    """The closure computes them under `torch.no_grad()` as well."""
+    model, data = model_and_data("batch norm")
+    other = copy.deepcopy(model)
+    closures(FAILING[name](other), other, data)
+    optimizer = FAILING[name](model)
+    with torch.no_grad():
+        closures(optimizer, model, data)
+    equal(fs.nn.split(model), fs.nn.split(other))
+
+
 def test_a_half_accumulated_gradient_is_taken_for_a_first_pass():
     """Not with `first_pass="closure"`, which says what to do."""
     model, data = model_and_data()
@@ -565,15 +628,6 @@ def test_a_half_accumulated_gradient_is_taken_for_a_first_pass():
     strict = SAM(model.parameters(), first_pass="gradients", **SGD)
     with pytest.raises(RuntimeError, match="the first backward pass must be done before, got no gradients"):
         closures(strict, model, data[:1])
-
-
-FAILING = {
-    "SAM": lambda model: SAM(model.parameters(), rho=0.5, model=model, **SGD),
-    "a moving radius": lambda model: SharpnessAware(
-        model.parameters(), torch.optim.AdamW, fs.scale(fs.cosine(0.5, 6)), mean, model=model, lr=0.1
-    ),
-    "chain": lambda model: Optimizer(model.parameters(), CHAIN, model=model),
-}
 
 
 @pytest.mark.parametrize("when", ["before the loss", "before backward", "after backward"])

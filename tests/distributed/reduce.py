@@ -17,6 +17,7 @@ from funcsam.studies.networks import wide_resnet
 EXAMPLES = 8
 SHARES = ((3, 4, 1, 0), (5, 3, 0, 0))
 PLACES = ("before", "after")
+TYPES = (torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64, torch.complex64)
 
 
 def network(seed=0):
@@ -159,6 +160,7 @@ def main():
     for place in PLACES:
         found[f"nan {place}"] = skipping(place, own)
     found["state upstream"] = run(fs.chain(fs.trace(0.5), all_reduce_mean(), fs.sam(0.2), sgd()), smooth(), own)[3]
+    found["of any type"] = broadcast([torch.tensor([rank]).to(kind) + 1 for kind in TYPES])
     other = fs.nn.split(network(seed=rank))
     found["refused"] = refused(other[0])
     found["refused each"] = [refused(params) for params in nearly_alike(rank)]

@@ -123,6 +123,15 @@ def test_a_norm_of_mixed_types_has_the_widest(types, values, wanted):
     close(tree.norm(third).double(), exact, rtol=1e-15 if wide is torch.float64 else 1e-7)
 
 
+@pytest.mark.parametrize("types", [types for types, *_ in MIXED], ids=str)
+def test_scalars_are_computed_in_the_widest_type(types):
+    """Float32 at least, whichever leaf comes first."""
+    wide = torch.float64 if {torch.float64, torch.complex128} & set(types) else torch.float32
+    leaves = [torch.ones(1, dtype=dtype) for dtype in types]
+    assert tree.real_dtype(leaves) is tree.real_dtype(leaves[::-1]) is wide
+    assert tree.real_dtype([]) is torch.float32
+
+
 def _complex(problem):
     """The same entries as complex numbers, and the loss of their real and imaginary parts."""
     pairs = optree.tree_map(lambda w: torch.stack([w, w + 0.5], dim=-1), problem.params)
