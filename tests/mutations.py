@@ -296,7 +296,7 @@ MUTATIONS = [
     Mutation(
         "sgd decays behind the momentum", "optimizers.py", "chain(*decay, *memory,", "chain(*memory, *decay,", PARITY
     ),
-    Mutation("a milestone is one step late", "schedules.py", "step >= start", "step > start", SCHEDULES),
+    Mutation("a milestone is one step late", "schedules.py", ">= start", "> start", SCHEDULES),
     Mutation(
         "cosine goes on",
         "schedules.py",

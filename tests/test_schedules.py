@@ -63,6 +63,13 @@ def test_a_milestone_is_what_its_digits_say(fraction, total):
     assert read(fs.step_decay(1.0, total, 0.5, [fraction]), total) == [1.0] * start + [0.5] * (total - start)
 
 
+def test_a_milestone_beyond_the_integers_of_float32():
+    """It takes effect at its step and not one earlier."""
+    start = 2**24 + 1
+    schedule = fs.step_decay(1.0, 2 * start, 0.5, [0.5])
+    assert [schedule(torch.tensor(start + k)).item() for k in (-1, 0)] == [1.0, 0.5]
+
+
 @given(value=values)
 def test_constant(value):
     """The same at every step."""

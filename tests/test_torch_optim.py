@@ -206,7 +206,7 @@ def test_sparse_gradients_in_a_whole_chain():
 @pytest.mark.parametrize(("rhos", "adaptive"), [((0.1, 0.1, 0.4), (0, 0, 0)), ((0.2, 0.2, 0.2), (0, 1, 0))])
 def test_groups_that_differ_in_one(rhos, adaptive):
     """Neither the first group nor most of them stand for all."""
-    model, data = model_and_data("batch norm")
+    model, data = model_and_data()
     other = copy.deepcopy(model)
 
     def groups(model):
