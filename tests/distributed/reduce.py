@@ -160,7 +160,7 @@ def main():
     for place in PLACES:
         found[f"nan {place}"] = skipping(place, own)
     found["state upstream"] = run(fs.chain(fs.trace(0.5), all_reduce_mean(), fs.sam(0.2), sgd()), smooth(), own)[3]
-    found["of any type"] = broadcast([torch.tensor([rank]).to(kind) + 1 for kind in TYPES])
+    found["of any type"] = broadcast([torch.tensor([rank == 0]).to(kind) for kind in TYPES])
     other = fs.nn.split(network(seed=rank))
     found["refused"] = refused(other[0])
     found["refused each"] = [refused(params) for params in nearly_alike(rank)]
