@@ -92,7 +92,7 @@ def step_decay(
     def schedule(step: Tensor) -> Tensor:
         rate = value * torch.ones_like(_real(step))
         for start in starts:
-            rate = torch.where(step >= start, rate * factor, rate)
+            rate = torch.where(_real(step) >= start, rate * factor, rate)
         return rate
 
     return _Schedule(schedule)

@@ -1,20 +1,33 @@
 """Tests the tests: breaks one formula at a time in a copy of the library, and prints what no test noticed.
 
-`python tests/mutations.py [words of a mutation ...]`, from the root of the repository; some minutes to half an hour.
+`python tests/mutations.py [-j COPIES] [words of a mutation ...]`, from the root of the repository; about half an hour
+on two cores. Exits with 1 if a mutation lives or cannot be tried.
 """
 
+import argparse
+import importlib
 import os
 import pathlib
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
+import traceback
 from typing import NamedTuple
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
-ORDER = ["closed_forms", "schedules", "messages", "gradients"]
-LAWS = ["family", "order", "numerics", "contract", "transformations"]
-TESTS = [*(f"tests/test_{name}.py" for name in ORDER), "tests/parity", *(f"tests/laws/test_{name}.py" for name in LAWS)]
+TIMEOUT = 300
+"""Seconds after which a mutation counts as noticed: it loops."""
+PRELOADED = ("torch._dynamo.testing", "hypothesis.extra.numpy", "sklearn.model_selection", "matplotlib.figure", "typer")
+"""What takes seconds to import, and is imported once for all."""
+OPTIONS = ("-x", "-q", "--no-header", "--tb=line", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:nbmake")
+OPTIONS += ("-m", "not compile and not parity", "-W", "ignore:Module already imported")
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+os.environ["HYPOTHESIS_PROFILE"] = "mutations"
+sys.dont_write_bytecode = True  # a file may change twice within the second that bytecode is dated by
 
 
 class Mutation(NamedTuple):
@@ -25,15 +38,30 @@ class Mutation(NamedTuple):
         file: Where, inside the library.
         old: The text.
         new: What takes its place.
-        tests: The test files that must notice; all of `TESTS` if none are named.
+        tests: The test files or tests one of which must notice, the quickest first. Of what takes seconds, the test.
     """
 
     name: str
     file: str
     old: str
     new: str
-    tests: tuple[str, ...] = ()
+    tests: tuple[str, ...]
 
+
+def node(file: str, *names: str) -> tuple[str, ...]:
+    """Names tests of a file."""
+    return tuple(f"tests/test_{file}.py::test_{name}" for name in names)
+
+
+def laws(file: str, *names: str) -> tuple[str, ...]:
+    """Names laws."""
+    return tuple(f"tests/laws/test_{file}.py::test_{name}" for name in names)
+
+
+CLOSED, SCHEDULES = ("tests/test_closed_forms.py",), ("tests/test_schedules.py",)
+MESSAGES, GRADIENTS = ("tests/test_messages.py",), ("tests/test_gradients.py",)
+ORDERS, NUMERICS = ("tests/laws/test_order.py",), ("tests/laws/test_numerics.py",)
+PARITY = ("tests/parity",)
 
 MUTATIONS = [
     Mutation(
@@ -41,153 +69,230 @@ MUTATIONS = [
         "family/sam.py",
         "return chain(normalize(), scale(rho))",
         "return chain(normalize(), scale(rho), scale(-1))",
+        CLOSED,
     ),
     Mutation(
         "asam multiplies by T once",
         "family/sam.py",
         "chain(magnitude, normalize(), magnitude, scale(rho))",
         "chain(magnitude, normalize(), scale(rho))",
+        CLOSED,
     ),
-    Mutation("asam ignores its mask", "family/sam.py", "scale_by_magnitude(eta, mask)", "scale_by_magnitude(eta)"),
-    Mutation("asam ignores eta", "family/sam.py", "scale_by_magnitude(eta, mask)", "scale_by_magnitude(0.0, mask)"),
     Mutation(
-        "sam_update is never adaptive", "family/sam.py", "asam(rho) if adaptive else", "sam(rho) if adaptive else"
+        "asam ignores its mask", "family/sam.py", "scale_by_magnitude(eta, mask)", "scale_by_magnitude(eta)", CLOSED
+    ),
+    Mutation(
+        "asam ignores eta", "family/sam.py", "scale_by_magnitude(eta, mask)", "scale_by_magnitude(0.0, mask)", CLOSED
+    ),
+    Mutation(
+        "sam_update is never adaptive",
+        "family/sam.py",
+        "asam(rho) if adaptive else",
+        "sam(rho) if adaptive else",
+        MESSAGES,
     ),
     Mutation(
         "combine gets its arguments the other way round",
         "sharpness.py",
         "combine(grads, probe)",
         "combine(probe, grads)",
+        laws("family", "combine"),
     ),
-    Mutation("when is read one step late", "sharpness.py", "when(state.step)", "when(state.step + 1)"),
-    Mutation("when is inverted", "sharpness.py", "if known and not pick", "if known and pick"),
+    Mutation(
+        "when is read one step late", "sharpness.py", "when(state.step)", "when(state.step + 1)", laws("family", "when")
+    ),
+    Mutation("when is inverted", "sharpness.py", "if known and not pick", "if known and pick", laws("family", "when")),
     Mutation(
         "several ascents all start at the params",
         "sharpness.py",
         "_shifted(grads_fn, offset), state",
         "grads_fn, state",
+        laws("family", "several_ascents"),
     ),
-    Mutation("several ascents are not shortened", "sharpness.py", "offset = tree.scale(1 / steps, offset)", "pass"),
+    Mutation(
+        "several ascents are not shortened",
+        "sharpness.py",
+        "offset = tree.scale(1 / steps, offset)",
+        "pass",
+        laws("family", "several_ascents"),
+    ),
     Mutation(
         "the step of sharpness_aware stands still",
         "sharpness.py",
         "SharpnessAwareState(state.step + 1,",
         "SharpnessAwareState(state.step,",
+        laws("family", "when"),
     ),
     Mutation(
         "the state of the ascent stands still",
         "sharpness.py",
         "SharpnessAwareState(state.step + 1, ascent_state)",
         "SharpnessAwareState(state.step + 1, state.ascent)",
+        laws("family", "a_schedule_is_read_at_0_1_2"),
     ),
     Mutation(
         "aux of the probe is kept",
         "sharpness.py",
         "probe, _ = grads_fn(point, *batch)",
         "probe, aux = grads_fn(point, *batch)",
+        laws("contract", "probes_leave_no_trace"),
     ),
     Mutation(
         "chain runs backwards",
         "transform.py",
         "zip(parts, state, strict=True)",
         "reversed(list(zip(parts, state, strict=True)))",
+        ORDERS,
     ),
-    Mutation("chain drops new states", "transform.py", "((*states, new), aux)", "((*states, state), aux)"),
+    Mutation("chain drops new states", "transform.py", "((*states, new), aux)", "((*states, state), aux)", ORDERS),
     Mutation(
         "params that require grad grow a graph",
         "transform.py",
         "self._update(tree.detached(params),",
         "self._update(params,",
+        (*laws("contract", "no_graph_from_nothing"), "tests/test_gradients.py"),
     ),
     Mutation(
         "norm per leaf",
         "scaling.py",
         "return tree.scale(tree.reciprocal(tree.norm(grads)), grads), state",
         "return tree.map(lambda g: tree.scale(tree.reciprocal(tree.norm(g)), g), grads), state",
-    ),
-    Mutation("normalize adds 1e-6", "scaling.py", "tree.reciprocal(tree.norm(grads))", "1 / (tree.norm(grads) + 1e-6)"),
-    Mutation(
-        "sign of lr", "scaling.py", "optree.tree_map(neg, schedules.at(lr, state.step))", "schedules.at(lr, state.step)"
+        CLOSED,
     ),
     Mutation(
-        "lr is read one step late", "scaling.py", "schedules.at(lr, state.step)", "schedules.at(lr, state.step + 1)"
+        "normalize adds 1e-6",
+        "scaling.py",
+        "tree.reciprocal(tree.norm(grads))",
+        "1 / (tree.norm(grads) + 1e-6)",
+        laws("family", "normalize"),
+    ),
+    Mutation(
+        "sign of lr",
+        "scaling.py",
+        "optree.tree_map(neg, schedules.at(lr, state.step))",
+        "schedules.at(lr, state.step)",
+        CLOSED,
+    ),
+    Mutation(
+        "lr is read one step late",
+        "scaling.py",
+        "schedules.at(lr, state.step)",
+        "schedules.at(lr, state.step + 1)",
+        laws("family", "a_schedule_is_read_at_0_1_2"),
     ),
     Mutation(
         "factor is read one step late",
         "scaling.py",
         "schedules.at(factor, state.step)",
         "schedules.at(factor, state.step + 1)",
+        laws("family", "a_schedule_is_read_at_0_1_2"),
     ),
     Mutation(
         "clip scales always",
         "scaling.py",
         "torch.where(norm > bound, bound * tree.reciprocal(norm), 1.0)",
         "bound * tree.reciprocal(norm)",
+        laws("family", "clipping"),
     ),
-    Mutation("clip never scales", "scaling.py", "norm > bound, bound", "norm > 1e9 * bound, bound"),
-    Mutation("eta is not added", "tree.py", "a * (b.abs() + _on(shift, b))", "a * b.abs()"),
-    Mutation("eta is not added by the fast kernel", "tree.py", "if eta:", "if False:"),
-    Mutation("masks are inverted", "tree.py", "return [what(path, leaf)", "return [not what(path, leaf)"),
+    Mutation(
+        "clip never scales",
+        "scaling.py",
+        "norm > bound, bound",
+        "norm > 1e9 * bound, bound",
+        laws("family", "clipping"),
+    ),
+    Mutation("eta is not added", "tree.py", "a * (b.abs() + _on(shift, b))", "a * b.abs()", CLOSED),
+    Mutation("eta is not added by the fast kernel", "tree.py", "if eta:", "if False:", CLOSED),
+    Mutation("masks are inverted", "tree.py", "return [what(path, leaf)", "return [not what(path, leaf)", CLOSED),
     Mutation(
         "the norm is taken in half precision",
         "tree.py",
         "dtype=torch.float32 if x.dtype in _HALF else None",
         "dtype=None",
+        NUMERICS,
     ),
-    Mutation("1 / 0 is infinite", "tree.py", "torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, x))", "(1 / x)"),
-    Mutation("1 / inf is zero", "tree.py", "+ (x - x)", ""),
+    Mutation(
+        "1 / 0 is infinite",
+        "tree.py",
+        "torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, x))",
+        "(1 / x)",
+        laws("family", "derivative_at_a_zero_gradient_is_finite"),
+    ),
+    Mutation("1 / inf is zero", "tree.py", "+ (x - x)", "", laws("family", "bad_gradients_reach_the_ascent")),
     Mutation(
         "the derivative of the root at zero is infinite",
         "tree.py",
         "return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, x)))",
         "return torch.sqrt(x)",
+        laws("family", "derivative_at_a_zero_gradient_is_finite"),
     ),
     Mutation(
-        "nesterov is ignored", "moments.py", "tree.add_scaled(grads, factor, total) if nesterov else total", "total"
+        "nesterov is ignored",
+        "moments.py",
+        "tree.add_scaled(grads, factor, total) if nesterov else total",
+        "total",
+        PARITY,
     ),
     Mutation(
         "dampening on the first step",
         "moments.py",
         "tree.where(state.step == 0, grads, tree.scale(keep, grads))",
         "tree.scale(keep, grads)",
+        PARITY,
     ),
     Mutation(
         "momentum is read one step late",
         "moments.py",
         "schedules.at(decay, state.step)",
         "schedules.at(decay, state.step + 1)",
+        laws("family", "a_schedule_is_read_at_0_1_2"),
     ),
-    Mutation("no bias correction", "moments.py", "tree.scale(1 / (1 - decay**count), m)", "m"),
-    Mutation("bias correction is one step late", "moments.py", "count = (state.step + 1)", "count = (state.step + 2)"),
+    Mutation("no bias correction", "moments.py", "tree.scale(1 / (1 - decay**count), m)", "m", PARITY),
+    Mutation(
+        "bias correction is one step late", "moments.py", "count = (state.step + 1)", "count = (state.step + 2)", PARITY
+    ),
     Mutation(
         "eps under the root",
         "moments.py",
         "tree.divide(tree.scale(1 / (1 - decay**count), m), tree.shift(root, floor))",
         "tree.divide(tree.scale(1 / (1 - decay**count), m), tree.sqrt(tree.shift(tree.multiply(root, root), floor)))",
+        PARITY,
     ),
     Mutation(
-        "amsgrad forgets", "moments.py", "tree.maximum(tree.real_views(state.largest), v) if amsgrad", "v if amsgrad"
+        "amsgrad forgets",
+        "moments.py",
+        "tree.maximum(tree.real_views(state.largest), v) if amsgrad",
+        "v if amsgrad",
+        PARITY,
     ),
     Mutation(
         "complex leaves are not pairs of reals",
         "moments.py",
         "g, m, v = (tree.real_views(each) for each in",
         "g, m, v = (each for each in",
+        NUMERICS,
     ),
     Mutation(
         "decay has the wrong sign",
         "decay.py",
         "tree.add_scaled(grads, factor, params, mask)",
         "tree.add_scaled(grads, -factor, params, mask)",
+        ORDERS,
     ),
-    Mutation("decay ignores its mask", "decay.py", "factor, params, mask)", "factor, params)"),
+    Mutation(
+        "decay ignores its mask",
+        "decay.py",
+        "factor, params, mask)",
+        "factor, params)",
+        node("closed_forms", "weights_decay_where_the_mask_says"),
+    ),
     Mutation(
         "adam decays like adamw",
         "optimizers.py",
         "return chain(*decay, scale_by_adam(*betas, eps, amsgrad=amsgrad), scale",
         "return chain(scale_by_adam(*betas, eps, amsgrad=amsgrad), *decay, scale",
+        PARITY,
     ),
-    Mutation("sgd decays behind the momentum", "optimizers.py", "chain(*decay, *memory,", "chain(*memory, *decay,"),
     Mutation(
         "every device has float64",
         "schedules.py",
@@ -195,23 +300,28 @@ MUTATIONS = [
         "in _FLOAT64 else torch.float64",
         ("tests/test_schedules.py",),
     ),
-    Mutation("a milestone is one step late", "schedules.py", "step >= start", "step > start"),
     Mutation(
-        "cosine goes on", "schedules.py", "torch.clamp(_real(step) / total_steps, max=1.0)", "_real(step) / total_steps"
+        "sgd decays behind the momentum", "optimizers.py", "chain(*decay, *memory,", "chain(*memory, *decay,", PARITY
+    ),
+    Mutation("a milestone is one step late", "schedules.py", ">= start", "> start", SCHEDULES),
+    Mutation(
+        "cosine goes on",
+        "schedules.py",
+        "torch.clamp(_real(step) / total_steps, max=1.0)",
+        "_real(step) / total_steps",
+        SCHEDULES,
     ),
     Mutation(
         "warmup starts at one",
         "schedules.py",
         "value * _real(step) / warmup_steps",
         "value * _real(step + 1) / warmup_steps",
+        SCHEDULES,
     ),
+    Mutation("aux keeps its graph", "gradients.py", "optree.tree_map(Tensor.detach, aux)", "aux", GRADIENTS),
     Mutation(
-        "aux keeps its graph",
-        "gradients.py",
-        "optree.tree_map(Tensor.detach, aux)",
-        "aux",
+        "unused leaves have no gradient", "gradients.py", ", materialize_grads=True", ", allow_unused=True", GRADIENTS
     ),
-    Mutation("unused leaves have no gradient", "gradients.py", ", materialize_grads=True", ", allow_unused=True"),
 ]
 
 NN, BATCHES = ("tests/test_nn.py",), ("tests/laws/test_batches.py",)
@@ -350,11 +460,7 @@ MUTATIONS += [
         SCALING,
     ),
     Mutation(
-        "the state moves in a skipped step",
-        "loss_scale.py",
-        "torch.where(finite, new, old)",
-        "torch.where(finite, new, new)",
-        SCALING,
+        "a skipped step of a loss scale moves the state", "finite.py", "torch.where(finite, new, old)", "new", SCALING
     ),
     Mutation(
         "the first pass is not looked at",
@@ -462,8 +568,8 @@ MUTATIONS += [
     Mutation(
         "loading leaves the base optimizer behind",
         "torch_optim/two_step.py",
-        "        self._share()\n        self._state = state_dict",
-        "        self._state = state_dict",
+        "self.base_optimizer.load_state_dict(",
+        "super().load_state_dict(",
         FRONT,
     ),
     Mutation(
@@ -483,8 +589,8 @@ MUTATIONS += [
     Mutation(
         "gradients stay after a step",
         "torch_optim/two_step.py",
-        "            self.restore()\n        self.zero_grad()\n",
-        "            self.restore()\n",
+        "        self.restore()\n        self.zero_grad()\n        return",
+        "        self.restore()\n        return",
         FRONT,
     ),
     Mutation(
@@ -521,7 +627,6 @@ MUTATIONS += [
 ]
 
 
-RANKS = ("tests/test_distributed.py",)
 FAULTS = ("tests/test_faults.py",)
 SHARDED = ("tests/test_sharded.py",)
 RESUME = ("tests/test_resume.py",)
@@ -530,21 +635,39 @@ FINITE = ("tests/test_finite.py",)
 
 MUTATIONS += [
     Mutation(
-        "gradients are summed over ranks", "distributed/average.py", "bucket = bucket / group.size()", "pass", RANKS
+        "gradients are summed over ranks",
+        "distributed/average.py",
+        "bucket = bucket / group.size()",
+        "pass",
+        node("distributed", "before_sam_it_is_one_ascent_for_all[2]"),
     ),
-    Mutation("aux stays local", "distributed/average.py", "_Part(found, aux)", '_Part(found, "local")', RANKS),
     Mutation(
-        "the last rank is the first", "distributed/average.py", "get_rank(group) == 0", "get_rank(group) == 1", RANKS
+        "aux stays local",
+        "distributed/average.py",
+        "_Part(found, aux)",
+        '_Part(found, "local")',
+        node("distributed", "buffers_are_averaged_taken_from_the_first_rank_or_kept[2]"),
     ),
     Mutation(
-        "params may differ", "distributed/average.py", '_alike(params, _group("all_reduce_mean", group))', "pass", RANKS
+        "the last rank is the first",
+        "distributed/average.py",
+        "get_rank(group) == 0",
+        "get_rank(group) == 1",
+        node("distributed", "buffers_are_averaged_taken_from_the_first_rank_or_kept[2]"),
+    ),
+    Mutation(
+        "params may differ",
+        "distributed/average.py",
+        '_alike(params, _group("all_reduce_mean", group))',
+        "pass",
+        node("distributed", "ranks_that_start_from_different_seeds_are_refused[2]"),
     ),
     Mutation(
         "states upstream stay local",
         "distributed/average.py",
         '_Part(found.states, "mean")',
         '_Part(found.states, "local")',
-        RANKS,
+        node("distributed", "states_upstream_are_averaged[2]"),
     ),
     Mutation(
         "a missing rank is not explained", "distributed/average.py", "except RuntimeError", "except ValueError", FAULTS
@@ -590,7 +713,11 @@ MUTATIONS += [
         "skipped steps are counted wrongly", "finite.py", "state.skipped + ~finite", "state.skipped + finite", FINITE
     ),
     Mutation(
-        "every average is over all ranks", "distributed/average.py", "group = group.get_group()", "group = None", RANKS
+        "every average is over all ranks",
+        "distributed/average.py",
+        "group = group.get_group()",
+        "group = None",
+        node("distributed", "one_ascent_per_node[4]"),
     ),
 ]
 
@@ -749,40 +876,61 @@ MUTATIONS += [
     Mutation(
         "label 10 exists", "studies/cifar10.py", "0 <= label < len(CLASSES)", "0 <= label <= len(CLASSES)", IMAGES
     ),
-    Mutation("variance in the place of deviation", "studies/problem.py", "mean**2).sqrt()", "mean**2)", COMPARE),
+    Mutation(
+        "variance in the place of deviation",
+        "studies/problem.py",
+        "mean**2).sqrt()",
+        "mean**2)",
+        node("compare_cifar10", "images_are_standardized_by_what_is_trained_on"),
+    ),
     Mutation(
         "training is not smoothed",
         "studies/training.py",
         "kind, smoothing = problem.noisy.device.type, problem.label_smoothing",
         "kind, smoothing = problem.noisy.device.type, 0.0",
-        COMPARE,
+        node("compare_cifar10", "a_member_is_the_training_done_alone"),
     ),
     Mutation(
         "weights do not decay",
         "studies/optimizers.py",
         '"weight_decay": weight_decay}',
         '"weight_decay": 0.0}',
-        COMPARE,
+        node("compare_cifar10", "weights_on_sgd_decay_outside_the_ascent"),
     ),
     Mutation(
         "every member has the labels of the first",
         "studies/training.py",
         "            problem.noisy[k],",
         "            problem.noisy[0],",
-        COMPARE,
+        node("compare_cifar10", "one_after_the_other_is_all_at_once"),
     ),
     Mutation(
-        "every member is augmented as the first", "studies/training.py", "numbers[:, k] if", "numbers[:, 0] if", COMPARE
+        "every member is augmented as the first",
+        "studies/training.py",
+        "numbers[:, k] if",
+        "numbers[:, 0] if",
+        node("compare_cifar10", "every_epoch_has_batches_and_augmentation_of_its_own"),
     ),
     Mutation(
         "every epoch is the first",
         "studies/training.py",
         "_parts(run, problem, run.epoch,",
         "_parts(run, problem, 0,",
-        COMPARE,
+        node("compare_cifar10", "every_epoch_has_batches_and_augmentation_of_its_own"),
     ),
     Mutation(
-        "batches do not share the loss fairly", "studies/judging.py", "len(labels) / len(y)", "1 / len(parts)", COMPARE
+        "batches do not share the loss fairly",
+        "studies/judging.py",
+        "len(labels) / len(y)",
+        "1 / len(parts)",
+        node("compare_cifar10", "measuring_in_batches_changes_nothing"),
+    ),
+    Mutation(
+        "dogs stay dogs",
+        "studies/data.py",
+        "3: 5, 5: 3}",
+        "3: 5}",
+        node("compare_cifar10", "asymmetric_noise_moves_classes_to_those_like_them"),
     ),
     Mutation(
         "names of checkpoints are cut only",
@@ -791,27 +939,26 @@ MUTATIONS += [
         "",
         ("tests/test_compare.py",),
     ),
-    Mutation("dogs stay dogs", "studies/data.py", "3: 5, 5: 3}", "3: 5}", COMPARE),
     Mutation(
         "subsets are not stratified",
         "studies/data.py",
         'mixed[np.argsort(turn, kind="stable")[:size]]',
         "mixed[:size]",
-        COMPARE,
+        node("compare_cifar10", "a_subset_has_every_class_and_holds_the_smaller_ones"),
     ),
     Mutation(
         "sweeps read the first value",
         "studies/finished.py",
         "if values > 1 else 0",
         "if values > 9 else 0",
-        ("tests/test_finished.py",),
+        node("finished", "of_a_sweep_the_chosen_models_are_read"),
     ),
     Mutation(
         "unfinished is finished",
         "studies/finished.py",
         "run.epoch < settings.epochs",
         "run.epoch < 0",
-        ("tests/test_finished.py",),
+        node("finished", "an_unfinished_comparison"),
     ),
     Mutation(
         "ranks: members stay in the order of the processes",
@@ -820,10 +967,34 @@ MUTATIONS += [
         "torch.arange(len(members))",
         RANKS,
     ),
-    Mutation("ranks: all report", "studies/comparison.py", "if not self.ranks.first:", "if False:", RANKS),
-    Mutation("ranks: all show bars", "studies/app.py", "quiet=not team.first", "quiet=False", RANKS),
-    Mutation("ranks: all must hear a signal", "studies/ranks.py", "ReduceOp.MAX", "ReduceOp.MIN", RANKS),
-    Mutation("ranks: the time of the quickest", "studies/training.py", ".amax(0)", ".amin(0)", RANKS),
+    Mutation(
+        "ranks: all report",
+        "studies/comparison.py",
+        "if not self.ranks.first:",
+        "if False:",
+        node("ranks", "it_prints_once_and_writes_once"),
+    ),
+    Mutation(
+        "ranks: all show bars",
+        "studies/app.py",
+        "quiet=not team.first",
+        "quiet=False",
+        node("ranks", "it_prints_once_and_writes_once"),
+    ),
+    Mutation(
+        "ranks: all must hear a signal",
+        "studies/ranks.py",
+        "ReduceOp.MAX",
+        "ReduceOp.MIN",
+        node("ranks", "a_signal_stops_all_after_the_same_epoch"),
+    ),
+    Mutation(
+        "ranks: the time of the quickest",
+        "studies/training.py",
+        ".amax(0)",
+        ".amin(0)",
+        node("ranks", "time_is_that_of_the_slowest"),
+    ),
     Mutation(
         "ranks: labels of the first seeds", "studies/problem.py", "self.noisy[own]", "self.noisy[: len(own)]", RANKS
     ),
@@ -831,8 +1002,688 @@ MUTATIONS += [
         "ranks: batches of the first seeds", "studies/problem.py", "self.seeds[k] for k", "self.seeds[0] for k", RANKS
     ),
     Mutation("ranks: first swept values", "studies/problem.py", "values[own] for", "values[: len(own)] for", RANKS),
-    Mutation("ranks: more than seeds", "studies/ranks.py", "if seeds < count", "if seeds < 1", RANKS),
-    Mutation("ranks: all complain", "cli.py", "time.sleep(TURN)", "time.sleep(0)", RANKS),
+    Mutation(
+        "ranks: more than seeds",
+        "studies/ranks.py",
+        "if seeds < count",
+        "if seeds < 1",
+        node("ranks", "what_processes_cannot_share"),
+    ),
+    Mutation(
+        "ranks: all complain", "cli.py", "time.sleep(TURN)", "time.sleep(0)", node("ranks", "bad_input_is_said_once")
+    ),
+]
+
+SWEEP = node("compare", "a_sweep_chooses_by_the_mean_held_out_error_of_the_last_epoch")
+BARS = node("compare", "error_bars_are_the_deviation_over_the_root_of_the_number_of_seeds")
+SUMMARY = node("compare", "a_summary_has_the_last_epoch_and_times_over_sgds")
+SHOWN = node("compare", "bars_show_the_means_of_the_last_epoch")
+OWN_LABELS = node("compare", "every_seed_has_labels_of_its_own_also_those_held_out")
+MEMBERS = node("compare", "a_sweep_has_a_member_for_each_seed_and_value")
+JUDGED = node("compare", "what_is_measured_of_a_member")
+MEASURED = node("looking", "every_seed_is_measured_on_its_own_labels")
+DRAWN = node("looking", "pictures_are_of_the_seed_that_is_named")
+FAILING = node("torch_optim", "a_failing_closure_leaves_everything")
+MIXED = laws("numerics", "a_norm_of_mixed_types_has_the_widest")
+SPARSE = node("gradients", "sparse_gradients_come_back_dense", "sparse_gradients_among_others")
+SPARSE_FRONT = node("torch_optim", "sparse_and_missing_gradients_among_others")
+WHOLE_NUMBERS = laws("batches", "of_whole_numbers_the_first_slice_counts")
+MIDDLE = node("pictures", "the_middle_of_the_line_is_the_mean_of_the_solutions")
+NEARLY = node("distributed", "ranks_that_are_nearly_alike_are_refused[2]")
+CENTRE = node("pictures", "the_middle_of_a_picture_is_the_solution")
+
+MUTATIONS += [
+    Mutation(
+        "a sweep chooses by test error", "studies/report.py", "int(run.held_error[-1]", "int(run.test_error[-1]", SWEEP
+    ),
+    Mutation("a sweep chooses by the first seed", "studies/report.py", ".mean(1).argmin", "[:, 0].argmin", SWEEP),
+    Mutation("a sweep chooses by the best seed", "studies/report.py", ".mean(1).argmin", ".amin(1).argmin", SWEEP),
+    Mutation("a sweep takes the worst", "studies/report.py", "mean(1).argmin", "mean(1).argmax", SWEEP),
+    Mutation(
+        "a sweep mixes values and seeds",
+        "studies/report.py",
+        "view(values, -1).mean(1).argmin",
+        "view(-1, values).mean(0).argmin",
+        SWEEP,
+    ),
+    Mutation(
+        "a sweep reports test errors as held-out ones",
+        "studies/report.py",
+        "for rows in (run.held_error, run.test_error)",
+        "for rows in (run.test_error, run.held_error)",
+        SWEEP,
+    ),
+    Mutation(
+        "error bars are deviations", "studies/report.py", "values.std() / math.sqrt(len(values))", "values.std()", BARS
+    ),
+    Mutation(
+        "error bars of the picture are deviations",
+        "studies/report.py",
+        "values.std(-1) / math.sqrt(values.shape[-1])",
+        "values.std(-1)",
+        BARS,
+    ),
+    Mutation("error bars are not percentages", "studies/report.py", " ± {factor * error", " ± {error", BARS),
+    Mutation(
+        "the table has the first epoch",
+        "studies/report.py",
+        "figures(run.test_error[-1])",
+        "figures(run.test_error[0])",
+        SUMMARY,
+    ),
+    Mutation(
+        "the fit is of the first epoch",
+        "studies/report.py",
+        "figures(run.noisy_fit[-1])",
+        "figures(run.noisy_fit[0])",
+        SUMMARY,
+    ),
+    Mutation("the slowest epoch counts", "studies/report.py", "run.seconds.median()", "run.seconds.max()", SUMMARY),
+    Mutation(
+        "ratios are inverted",
+        "studies/report.py",
+        "seconds[name] / seconds[base]",
+        "seconds[base] / seconds[name]",
+        SUMMARY,
+    ),
+    Mutation(
+        "an sgd with options is not sgd",
+        "studies/report.py",
+        'name == "sgd" or name.startswith("sgd:")), next',
+        'name == "sgd"), next',
+        SUMMARY,
+    ),
+    Mutation(
+        "bars show errors",
+        "studies/bars.py",
+        "100 * (1 - run.test_error[-1].mean().item())",
+        "100 * run.test_error[-1].mean().item()",
+        SHOWN,
+    ),
+    Mutation(
+        "bars show the best seed", "studies/bars.py", "run.test_error[-1].mean()", "run.test_error[-1].min()", SHOWN
+    ),
+    Mutation("bars show the first loss", "studies/bars.py", "run.loss[-1].mean()", "run.loss[0].mean()", SHOWN),
+    Mutation(
+        "held-out labels are clean",
+        "studies/problem.py",
+        "noisy[:, held].to(device)",
+        "parts.y[held].repeat(len(seeds), 1).to(device)",
+        OWN_LABELS,
+    ),
+    Mutation(
+        "all seeds have the labels of seed 0",
+        "studies/problem.py",
+        "settings.noise, seed, like)",
+        "settings.noise, 0, like)",
+        OWN_LABELS,
+    ),
+    Mutation(
+        "swept seeds have the labels of others",
+        "studies/problem.py",
+        "rows.repeat(copies, 1)",
+        "rows.repeat_interleave(copies, 0)",
+        MEMBERS,
+    ),
+    Mutation(
+        "swept values alternate",
+        "studies/problem.py",
+        ".repeat_interleave(len(self.seeds))",
+        ".repeat(len(self.seeds))",
+        MEMBERS,
+    ),
+    Mutation(
+        "held-out errors are those of the first seed's labels",
+        "studies/judging.py",
+        "problem.held_noisy) if",
+        "problem.held_noisy[:1]) if",
+        JUDGED,
+    ),
+    Mutation(
+        "sharpness is on the labels of the first seed",
+        "studies/judging.py",
+        "y[k]) for k, own",
+        "y[0]) for k, own",
+        JUDGED,
+    ),
+    Mutation(
+        "sharpness has the wrong sign", "studies/judging.py", "torch.sub(high, low)", "torch.sub(low, high)", JUDGED
+    ),
+    Mutation(
+        "sharpness of one has the wrong sign",
+        "studies/judging.py",
+        "torch.sub(loss(climbed), low)",
+        "torch.sub(low, loss(climbed))",
+        JUDGED,
+    ),
+    Mutation(
+        "sharpness is measured far away",
+        "studies/judging.py",
+        "SHARPNESS_RADIUS = 0.05",
+        "SHARPNESS_RADIUS = 0.1",
+        JUDGED,
+    ),
+    Mutation(
+        "only the first batch is measured",
+        "studies/judging.py",
+        "in torch.split(x, TOGETHER)]",
+        "in torch.split(x[:TOGETHER], TOGETHER)]",
+        JUDGED,
+    ),
+    Mutation("measure: labels of seed 0", "studies/measuring.py", "x, y[k])", "x, y[0])", MEASURED),
+    Mutation(
+        "measure: labels of seed 0 on a subset",
+        "studies/measuring.py",
+        "return x[index], y[:, index]",
+        "return x[index], y[:1, index].expand(len(y), -1)",
+        MEASURED,
+    ),
+    Mutation(
+        "measure: the first model", "studies/measuring.py", "models.buffers), k)", "models.buffers), 0)", MEASURED
+    ),
+    Mutation(
+        "measure: the first radius",
+        "studies/measuring.py",
+        "options.radii[len(options.radii) // 2]",
+        "options.radii[0]",
+        MEASURED,
+    ),
+    Mutation(
+        "measure: halves of the examples", "studies/measuring.py", "max(count // 4, 1)", "max(count // 2, 1)", MEASURED
+    ),
+    Mutation(
+        "measure: one step everywhere",
+        "studies/measuring.py",
+        "_worst(rho=rho, steps=steps)",
+        "_worst(rho=rho)",
+        MEASURED,
+    ),
+    Mutation(
+        "measure: one step is many",
+        "studies/measuring.py",
+        "_worst(rho=middle)",
+        "_worst(rho=middle, steps=steps)",
+        MEASURED,
+    ),
+    Mutation("measure: adaptive is not", "studies/measuring.py", "steps=steps, adaptive=True", "steps=steps", MEASURED),
+    Mutation(
+        "landscape: models of seed 0",
+        "studies/looking.py",
+        "found.models[name].buffers), seed)",
+        "found.models[name].buffers), 0)",
+        DRAWN,
+    ),
+    Mutation("landscape: labels of seed 0", "studies/looking.py", "            y[seed],", "            y[0],", DRAWN),
+    Mutation("landscape: radius is ignored", "studies/looking.py", "            radius=radius,\n", "", DRAWN),
+    Mutation(
+        "landscape: training labels for the test set",
+        "studies/looking.py",
+        "given.test_y[: len(x)]",
+        "given.y[: len(x)]",
+        DRAWN,
+    ),
+    Mutation(
+        "the middle of the survey line lies elsewhere",
+        "studies/survey.py",
+        "first, second, ts, buffers, x, y, **how)",
+        "first, second, ts**2 * ts.sign(), buffers, x, y, **how)",
+        MIDDLE,
+    ),
+    Mutation(
+        "errors of the survey line stay at the first",
+        "studies/survey.py",
+        "(wrong, first, second,",
+        "(wrong, first, first,",
+        MIDDLE,
+    ),
+    Mutation(
+        "the survey counts what is right",
+        "studies/survey.py",
+        "torch.ne(logits.argmax(-1)",
+        "torch.eq(logits.argmax(-1)",
+        MIDDLE,
+    ),
+    Mutation(
+        "the middle of the survey is beside the solution",
+        "studies/survey.py",
+        "    steps[points // 2] = 0.0\n",
+        "",
+        CENTRE,
+    ),
+    Mutation(
+        "the centre of the survey is a neighbour",
+        "studies/survey.py",
+        "losses[:, points // 2, points // 2]",
+        "losses[:, points // 2, points // 2 - 1]",
+        CENTRE,
+    ),
+    Mutation(
+        "a closure that fails leaves a chain at the probe",
+        "torch_optim/whole.py",
+        "        finally:\n            copy(values, params)\n",
+        "        else:\n            copy(values, params)\n        finally:\n",
+        FAILING,
+    ),
+    Mutation(
+        "a closure that fails leaves a chain's buffers", "torch_optim/whole.py", "first[:] = [buffers]", "pass", FAILING
+    ),
+    Mutation(
+        "a closure that fails leaves params at the probe",
+        "torch_optim/two_step.py",
+        "            self.restore()\n            with",
+        "            with",
+        FAILING,
+    ),
+    Mutation(
+        "a closure that fails leaves buffers",
+        "torch_optim/two_step.py",
+        "copy([self._buffers()], [buffers])",
+        "pass",
+        FAILING,
+    ),
+    Mutation(
+        "a closure that fails leaves gradients",
+        "torch_optim/two_step.py",
+        "            self.zero_grad()\n            raise",
+        "            raise",
+        FAILING,
+    ),
+    Mutation(
+        "a norm of mixed types has the first", "tree.py", "torch.promote_types(dtype, each.dtype)", "dtype", MIXED
+    ),
+    Mutation(
+        "a norm is wide only where all leaves are half",
+        "tree.py",
+        "any(leaf.dtype in _HALF for leaf in leaves)",
+        "all(leaf.dtype in _HALF for leaf in leaves)",
+        MIXED,
+    ),
+    Mutation(
+        "gradients stay sparse in the front end",
+        "torch_optim/front.py",
+        "p.grad.detach() if p.grad.layout is torch.strided else p.grad.detach().to_dense()",
+        "p.grad.detach()",
+        SPARSE_FRONT,
+    ),
+    Mutation(
+        "gradients are present if all are",
+        "torch_optim/front.py",
+        "any(p.grad is not None",
+        "all(p.grad is not None",
+        SPARSE_FRONT,
+    ),
+    Mutation(
+        "gradients stay sparse in func",
+        "gradients.py",
+        "if any(g.layout is not torch.strided for g in leaves):",
+        "if False:",
+        SPARSE,
+    ),
+    Mutation(
+        "gradients stay sparse in func if some are dense", "gradients.py", "if any(g.layout", "if all(g.layout", SPARSE
+    ),
+    Mutation(
+        "gradients stay sparse in autograd",
+        "gradients.py",
+        "tuple(map(_dense, torch.autograd.grad(target, leaves, materialize_grads=True)))",
+        "torch.autograd.grad(target, leaves, materialize_grads=True)",
+        SPARSE,
+    ),
+    Mutation(
+        "gradients of a caller stay sparse",
+        "transform.py",
+        "g if g.layout is torch.strided else g.to_dense() for g in grads",
+        "g for g in grads",
+        SPARSE,
+    ),
+    Mutation(
+        "gradients of a caller stay sparse if some are dense",
+        "transform.py",
+        "if all(g.layout",
+        "if any(g.layout",
+        SPARSE,
+    ),
+    Mutation(
+        "groups have one rho if two have",
+        "torch_optim/two_step.py",
+        "all(each == rhos[0]",
+        "any(each == rhos[0]",
+        node("torch_optim", "groups_that_differ_in_one"),
+    ),
+    Mutation(
+        "groups are adaptive if one is",
+        "torch_optim/two_step.py",
+        "None if all(adaptive)",
+        "None if any(adaptive)",
+        node("torch_optim", "groups_that_differ_in_one"),
+    ),
+    Mutation(
+        "groups are adaptive only if all are",
+        "torch_optim/two_step.py",
+        "if any(adaptive)",
+        "if all(adaptive)",
+        node("torch_optim", "groups_that_differ_in_one"),
+    ),
+    Mutation(
+        "the loss scale grows to infinity",
+        "loss_scale.py",
+        " & grown.isfinite()",
+        "",
+        node("loss_scale", "the_scale_stops_growing_at_the_largest_number"),
+    ),
+    Mutation(
+        "params of ranks are compared by their sums",
+        "distributed/average.py",
+        "(leaf.double().sum(), leaf.double().square().sum())",
+        "(leaf.double().sum(),)",
+        NEARLY,
+    ),
+    Mutation(
+        "params of ranks are compared by their lengths",
+        "distributed/average.py",
+        "(leaf.double().sum(), leaf.double().square().sum())",
+        "(leaf.double().square().sum(),)",
+        NEARLY,
+    ),
+    Mutation(
+        "the first params of ranks are compared",
+        "distributed/average.py",
+        "for leaf in own for",
+        "for leaf in own[:1] for",
+        NEARLY,
+    ),
+    Mutation(
+        "adamw decays everywhere",
+        "optimizers.py",
+        "add_decayed_weights(weight_decay, mask)",
+        "add_decayed_weights(weight_decay)",
+        node("closed_forms", "weights_decay_where_the_mask_says"),
+    ),
+    Mutation("whole numbers are those of the last slice", "batches.py", "x[0].clone()", "x[-1].clone()", WHOLE_NUMBERS),
+    Mutation(
+        "whole numbers are those of the last chunk",
+        "batches.py",
+        "else sum_ for sum_, x in pairs",
+        "else x for sum_, x in pairs",
+        WHOLE_NUMBERS,
+    ),
+    Mutation(
+        "chunks weigh alike", "batches.py", "sum_ + weight * _wide(x)", "sum_ + parts[0][0] * _wide(x)", WHOLE_NUMBERS
+    ),
+    Mutation(
+        "sums of slices stall in half precision",
+        "batches.py",
+        "x.float() if x.dtype in",
+        "x if x.dtype in",
+        laws("batches", "means_of_half_precision_are_taken_in_float32"),
+    ),
+    Mutation(
+        "norms of filters are taken in half precision",
+        "landscape.py",
+        "torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None",
+        "None",
+        node("landscape", "norms_of_half_filters_are_exact"),
+    ),
+    Mutation(
+        "milestones are not rounded",
+        "schedules.py",
+        "round(fraction * total_steps, 9)",
+        "fraction * total_steps",
+        node("schedules", "a_milestone_is_what_its_digits_say"),
+    ),
+    Mutation(
+        "milestones are cut off",
+        "schedules.py",
+        "round(fraction * total_steps, 9)",
+        "int(fraction * total_steps)",
+        node("schedules", "a_milestone_is_what_its_digits_say", "step_decay_rounds_up"),
+    ),
+]
+
+UNSAID = node("closed_forms", "numbers_that_are_not_given")
+WIDEST = laws("numerics", "scalars_are_computed_in_the_widest_type")
+NOTHING_SAID = node("torch_optim", "gradients_stay_where_nothing_is_said")
+COMBINED = node("torch_optim", "a_combination_gets_the_gradients_in_this_order")
+SLICES = node("measures", "slices_pass_on_every_number")
+SHARES = node("compare", "parts_of_a_run_have_their_share_of_the_time")
+TIMES = node("compare", "the_time_of_a_step_is_the_median_over_the_epoch")
+SCALED = node("compare", "features_are_scaled_by_the_training_part")
+NOISE = node("compare", "noise_is_exact_and_symmetric_noise_draws_from_all_classes")
+SHUFFLES = node("compare", "every_seed_and_every_epoch_shuffles_anew")
+
+MUTATIONS += [
+    Mutation("sam has another radius", "family/sam.py", "def sam(rho: Any = 0.05)", "def sam(rho: Any = 0.1)", UNSAID),
+    Mutation("asam has another radius", "family/sam.py", "def asam(rho: Any = 2.0", "def asam(rho: Any = 0.5", UNSAID),
+    Mutation(
+        "sam_update has another radius",
+        "family/sam.py",
+        "*batch: Any, rho: Any = 0.05",
+        "*batch: Any, rho: Any = 0.1",
+        UNSAID,
+    ),
+    Mutation(
+        "trace has another decay",
+        "moments.py",
+        "decay: ScalarOrSchedule = 0.9,",
+        "decay: ScalarOrSchedule = 0.99,",
+        UNSAID,
+    ),
+    Mutation(
+        "scalars have the type of the last leaf",
+        "tree.py",
+        "torch.promote_types(dtype, (leaf",
+        "torch.promote_types(torch.float32, (leaf",
+        WIDEST,
+    ),
+    Mutation(
+        "the loss scale backs off as it grows",
+        "loss_scale.py",
+        "state.scale * backoff_factor",
+        "state.scale / growth_factor",
+        node("loss_scale", "the_scale_moves_as_in_torchs_grad_scaler"),
+    ),
+    Mutation(
+        "most slices are enough",
+        "loss_scale.py",
+        "(finite == 1)",
+        "(finite >= 0.5)",
+        node("loss_scale", "one_bad_slice_that_no_update_sees_skips_the_step"),
+    ),
+    Mutation(
+        "the loss scale grows too soon",
+        "loss_scale.py",
+        "growth_interval: int = 2000",
+        "growth_interval: int = 200",
+        node("loss_scale", "numbers_that_are_not_given_are_those_of_torch"),
+    ),
+    Mutation(
+        "first_step clears gradients unasked",
+        "torch_optim/two_step.py",
+        "        add(values, offset)\n        if zero_grad:",
+        "        add(values, offset)\n        if True:",
+        NOTHING_SAID,
+    ),
+    Mutation(
+        "second_step clears gradients unasked",
+        "torch_optim/two_step.py",
+        "look at\n        if zero_grad:",
+        "look at\n        if True:",
+        NOTHING_SAID,
+    ),
+    Mutation(
+        "the front end combines the other way round",
+        "torch_optim/two_step.py",
+        "combine(first, self._grads())",
+        "combine(self._grads(), first)",
+        COMBINED,
+    ),
+    Mutation(
+        "gradients of the first pass are kept in place",
+        "torch_optim/two_step.py",
+        "None if p.grad is None else g.clone()",
+        "None if p.grad is None else g",
+        COMBINED,
+    ),
+    Mutation(
+        "only the first radius may move",
+        "torch_optim/two_step.py",
+        "if numbers != self._numbers",
+        "if numbers[:1] != (self._numbers or [])[:1]",
+        node("torch_optim", "the_radius_of_any_group_may_move"),
+    ),
+    Mutation(
+        "closures run without gradients",
+        "torch_optim/two_step.py",
+        "closure = torch.enable_grad()(closure)",
+        "pass",
+        node("torch_optim", "a_step_where_no_gradients_are_taken"),
+    ),
+    Mutation(
+        "a group that moves in part does not move",
+        "groups.py",
+        "all(x is y",
+        "any(x is y",
+        laws("groups", "leaves_that_stay_do_not_hide_those_that_move"),
+    ),
+    Mutation(
+        "a member is a view",
+        "ensemble.py",
+        "leaf[index].clone()",
+        "leaf[index]",
+        node("ensemble", "a_member_is_a_copy"),
+    ),
+    Mutation(
+        "members in a loop never draw the same",
+        "ensemble.py",
+        'chunk_size == 1 and randomness != "same"',
+        "chunk_size == 1",
+        node("ensemble", "dropout_differs_between_members_unless_it_is_to_be_the_same"),
+    ),
+    Mutation(
+        "members draw the same where nothing is said",
+        "ensemble.py",
+        'randomness: Randomness = "different"',
+        'randomness: Randomness = "same"',
+        node("ensemble", "dropout_differs_between_members_unless_it_is_to_be_the_same"),
+    ),
+    Mutation(
+        "slices ignore the mask",
+        "measures/worst.py",
+        "near = neighbourhood(where, rho, adaptive, eta, mask)\n    checks.count(where, m",
+        "near = neighbourhood(where, rho, adaptive, eta, None)\n    checks.count(where, m",
+        SLICES,
+    ),
+    Mutation(
+        "slices ignore eta",
+        "measures/worst.py",
+        "near = neighbourhood(where, rho, adaptive, eta, mask)\n    checks.count(where, m",
+        "near = neighbourhood(where, rho, adaptive, 0.0, mask)\n    checks.count(where, m",
+        SLICES,
+    ),
+    Mutation("slices take one step", "measures/worst.py", "part, rho, steps, near)", "part, rho, 1, near)", SLICES),
+    Mutation(
+        "the trace has one seed",
+        "measures/spectra.py",
+        "rademacher, real, draws, seed,",
+        "rademacher, real, draws, 0,",
+        node("measures", "seeds_draw_anew"),
+    ),
+    Mutation(
+        "complex directions are real",
+        "landscape.py",
+        "torch.complex64 if leaf.is_complex() else torch.float32",
+        "torch.float32",
+        node("landscape", "directions_of_complex_weights_are_complex"),
+    ),
+    Mutation(
+        "a part of a run takes all of its time", "studies/training.py", "share * self.seconds", "self.seconds", SHARES
+    ),
+    Mutation(
+        "parts of a run stay in the order of the processes",
+        "studies/training.py",
+        "for part in parts], 1)[:, order]",
+        "for part in parts], 1)",
+        SHARES,
+    ),
+    Mutation("one slow step counts", "studies/training.py", "statistics.median(", "statistics.mean(", TIMES),
+    Mutation(
+        "the slowest member counts",
+        "studies/training.py",
+        "torch.tensor(sum(seconds))",
+        "torch.tensor(max(seconds))",
+        TIMES,
+    ),
+    Mutation(
+        "an epoch has one step too many",
+        "studies/problem.py",
+        "len(self.data.y) // self.batch_size",
+        "-(-len(self.data.y) // self.batch_size)",
+        TIMES,
+    ),
+    Mutation(
+        "some examples are measured on clean labels",
+        "studies/problem.py",
+        "self.noisy[:, self.judged]",
+        "self.data.y[self.judged].expand(len(self.noisy), -1)",
+        node("compare", "some_examples_are_measured_on_their_own_labels"),
+    ),
+    Mutation("pixels end above 1", "studies/data.py", "(0.0, 16.0)", "(0.0, 15.0)", SCALED),
+    Mutation(
+        "the test part scales the features",
+        "studies/data.py",
+        "(x.mean(0), x.std(0))",
+        "(features.mean(0), features.std(0))",
+        SCALED,
+    ),
+    Mutation("the test part is a fifth", "studies/data.py", "TEST_FRACTION = 0.25", "TEST_FRACTION = 0.2", SCALED),
+    Mutation("noise is rounded down", "studies/data.py", "round(noise * len(y))", "int(noise * len(y))", NOISE),
+    Mutation(
+        "noise never draws the last class",
+        "studies/data.py",
+        "integers(0, classes, len",
+        "integers(0, classes - 1, len",
+        NOISE,
+    ),
+    Mutation("every seed has one noise", "studies/data.py", "(_NOISE, seed)", "(_NOISE, 0)", NOISE),
+    Mutation("every epoch has one order", "studies/data.py", "(_SHUFFLE, seed, epoch)", "(_SHUFFLE, seed)", SHUFFLES),
+    Mutation(
+        "every seed has one order", "studies/data.py", "(_SHUFFLE, seed, epoch)", "(_SHUFFLE, 0, epoch)", SHUFFLES
+    ),
+    Mutation(
+        "any format is read",
+        "studies/checkpoint.py",
+        'content["format"] == FORMAT',
+        "True",
+        node("compare", "a_checkpoint_of_another_format_is_refused"),
+    ),
+    Mutation(
+        "errors of a table have the size of the mean",
+        "studies/measuring.py",
+        "figures['standard_error']:.1g",
+        "figures['mean']:.1g",
+        node("looking", "numbers_of_a_table_are_short"),
+    ),
+    Mutation(
+        "types of a broadcast are lost",
+        "distributed/average.py",
+        ".view(leaves[k].shape).to(leaves[k].dtype)",
+        ".view(leaves[k].shape)",
+        node("distributed", "a_broadcast_keeps_every_type[2]"),
+    ),
+    Mutation(
+        "only numbers with a point are broadcast",
+        "distributed/average.py",
+        'rule == "first" or (rule == "mean" and',
+        'rule != "local" and (',
+        node("distributed", "a_broadcast_keeps_every_type[2]"),
+    ),
+    Mutation(
+        "whole numbers are averaged over ranks",
+        "distributed/average.py",
+        'rule == "first" or (rule == "mean" and',
+        'rule == "first" or (rule == "mean" or',
+        node("distributed", "the_mean_of_a_tree[2]"),
+    ),
 ]
 
 
@@ -918,49 +1769,113 @@ MUTATIONS += [
 ]
 
 
-def survives(mutation: Mutation) -> bool:
-    """Tells whether all tests pass on the mutated copy.
+def mutated(mutation: Mutation) -> str:
+    """Returns the text of the file that is broken, or `""` if it has not the text to be replaced."""
+    path = ROOT / "funcsam" / mutation.file
+    text = path.read_text() if path.exists() else ""
+    return text.replace(mutation.old, mutation.new) if mutation.old in text else ""
 
-    Raises:
-        ValueError: If the library no longer has the text, or nothing can be imported without it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-        path = copy / "funcsam" / mutation.file
-        text = path.read_text()
-        if mutation.old not in text:
-            raise ValueError(f"mutations: `old` of {mutation.name!r} must occur in {mutation.file}, got nothing.")
-        path.write_text(text.replace(mutation.old, mutation.new))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "--no-header",
-            "-m",
-            "not compile and not parity",
-            *(mutation.tests or TESTS),
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "dev"}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-        by = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")]
-        if done.returncode and not by:
-            raise ValueError(
-                f"mutations: {mutation.name!r} must leave the library importable, got {done.stdout[-500:]}"
-            )
-        print(f"{'killed' if by else 'alive '}  {mutation.name}  {' '.join(by)}", flush=True)
-        return not by
+
+def missing(test: str) -> bool:
+    """Tells whether there is no such file, or no such test in it."""
+    file, _, name = test.partition("::")
+    path, name = ROOT / file, name.partition("[")[0]
+    return not path.exists() or (bool(name) and f"def {name}(" not in path.read_text())
+
+
+def stale() -> list[str]:
+    """Lists the mutations of which the text or the tests are no longer there, and those with the name of another."""
+    names = [m.name for m in MUTATIONS]
+    return [
+        f"{m.name!r} ({m.file})"
+        for m in MUTATIONS
+        if not mutated(m) or names.count(m.name) > 1 or not m.tests or any(map(missing, m.tests))
+    ]
+
+
+def child(mutation: Mutation, copy: pathlib.Path) -> int:
+    """Breaks a copy and starts its tests in a process that has imported torch already; returns its number."""
+    (copy / "funcsam" / mutation.file).write_text(mutated(mutation))
+    number = os.fork()
+    if number:
+        return number
+    with (copy / "output").open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    signal.alarm(TIMEOUT)
+    os.chdir(copy)
+    os.environ["PYTHONPATH"] = str(copy)
+    sys.path[0] = str(copy)
+    code = 70
+    try:
+        code = pytest.main([*OPTIONS, *mutation.tests])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def outcome(status: int, output: str) -> tuple[str, str]:
+    """Tells `alive`, `killed` or `broken`, and by which test, from how the tests ended and what they printed."""
+    if os.WIFSIGNALED(status):
+        return "killed", f"by signal {os.WTERMSIG(status)}; after {TIMEOUT} s it is {signal.SIGALRM:d}"
+    if not os.waitstatus_to_exitcode(status):
+        return "alive", ""
+    lines = [line.split(" - ")[0] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    by = [line.partition(" ")[2] for line in lines if "::" in line]  # an error without a test: nothing was run
+    return ("killed", by[0]) if by else ("broken", output[-500:])
+
+
+class Trials:
+    """Mutations that are tried side by side, each in a copy of the library and its tests."""
+
+    def __init__(self, folder: pathlib.Path, copies: int) -> None:
+        self.free = [folder / str(k) for k in range(copies)]
+        self.running: dict[int, tuple[Mutation, pathlib.Path, float]] = {}
+        self.ends: dict[str, str] = {}
+        for copy in self.free:
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "notebooks", "results"))
+
+    def start(self, mutation: Mutation) -> None:
+        """Starts one, as soon as a copy is free."""
+        if not self.free:
+            self.wait()
+        copy = self.free.pop()
+        self.running[child(mutation, copy)] = mutation, copy, time.monotonic()
+
+    def wait(self) -> None:
+        """Waits for one, mends its copy, and says how it ended."""
+        number, status = os.wait()
+        mutation, copy, begin = self.running.pop(number)
+        shutil.copy(ROOT / "funcsam" / mutation.file, copy / "funcsam" / mutation.file)
+        end, why = outcome(status, (copy / "output").read_text())
+        self.free.append(copy)
+        self.ends[mutation.name] = end
+        print(f"{end}  {time.monotonic() - begin:5.1f} s  {mutation.name}  {why}", flush=True)
 
 
 def main() -> None:
-    """Runs the mutations that contain one of the words, or all, and exits with the number of survivors."""
-    words = sys.argv[1:]
-    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
-    alive = [mutation.name for mutation in chosen if survives(mutation)]
-    print(f"{len(alive)} of {len(chosen)} alive: {alive}")
-    sys.exit(len(alive))
+    """Tries the mutations that contain one of the words, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="of the mutations; all if none are given")
+    parser.add_argument("-j", type=int, default=2, metavar="COPIES", help="how many are tried at once")
+    given = parser.parse_args()
+    if old := stale():
+        sys.exit(f"mutations: `old` and `tests` must occur, and names once, got nothing or two for {', '.join(old)}.")
+    chosen = [m for m in MUTATIONS if not given.words or any(word in m.name for word in given.words)]
+    for name in PRELOADED:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as folder:
+        trials = Trials(pathlib.Path(folder), given.j)
+        for mutation in chosen:
+            trials.start(mutation)
+        while trials.running:
+            trials.wait()
+    left = [name for name, end in trials.ends.items() if end != "killed"]
+    print(f"{len(chosen) - len(left)} of {len(chosen)} killed" + (f", not: {left}" if left else ""))
+    sys.exit(bool(left))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The primary references: quadratics, and the papers' algorithms on a flat vector in the papers' notation."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import funcsam as fs
-from tests.asserts import close
+from tests.asserts import close, equal
 from tests.strategies import Problem, flat, positives, problems, reals, run, tensors, unflat
 
 
@@ -111,3 +112,40 @@ def test_norms_are_global():
     grads = {"a": torch.tensor(3.0), "b": torch.tensor(4.0)}
     updates, _, _ = fs.normalize().update(params, lambda params: grads, ())
     close(updates, {"a": torch.tensor(0.6), "b": torch.tensor(0.8)}, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [{"w": True, "b": False}, lambda path, leaf: path == ("w",)], ids=["tree", "function"])
+@pytest.mark.parametrize("decay", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+def test_weights_decay_where_the_mask_says(mask, decay):
+    """`g + decay w` there and `g` elsewhere; of AdamW the updates there are longer by `lr decay w`."""
+    params = {"w": torch.tensor([1.0, -2.0]), "b": torch.tensor([3.0, 4.0])}
+    grads = {"w": torch.tensor([10.0, 20.0]), "b": torch.tensor([30.0, 40.0])}
+
+    def update(tx):
+        return tx.update(params, lambda params: grads, tx.init(params))[0]
+
+    equal(update(fs.add_decayed_weights(decay, mask)), {"w": torch.tensor([10.5, 19.0]), "b": grads["b"]})
+    plain, decayed = update(fs.adamw(0.25, weight_decay=0.0)), update(fs.adamw(0.25, weight_decay=decay, mask=mask))
+    close(decayed, {"w": plain["w"] - 0.125 * params["w"], "b": plain["b"]}, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tx", "wanted"),
+    [
+        (fs.sam(), 1 + 0.05),  # on a parabola at w > 0 the ascent is rho, and rho w for asam
+        (fs.asam(), 1 + 2.0),
+        (fs.trace(), 1 + 0.9),  # the second step
+        (fs.sharpness_aware(fs.scale(0.25)), 1 + 0.25),
+    ],
+    ids=["sam", "asam", "trace", "sharpness_aware"],
+)
+def test_numbers_that_are_not_given(tx, wanted):
+    """They are those of the papers and of the docstrings."""
+    w, gradient = torch.tensor(1.0, dtype=torch.float64), lambda w: w
+    updates, state, _ = tx.update(w, gradient, tx.init(w))
+    updates = tx.update(w, gradient, state)[0]
+    close(updates, torch.tensor(wanted, dtype=torch.float64))
+    for adaptive, rho in ((False, 0.05), (True, 0.05)):
+        made = fs.asam(rho) if adaptive else fs.sam(rho)
+        found = fs.sam_update(2 * w, gradient, made.init(w), adaptive=adaptive)[0]
+        close(found, 2 * w + rho * (2 if adaptive else 1))

@@ -1,5 +1,6 @@
 """The `funcsam compare` command, end to end: what it prints and writes, how it stops and goes on, how it says no."""
 
+import io
 import json
 import os
 import resource
@@ -13,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 import funcsam as fs
 from funcsam import cli
-from funcsam.studies import checkpoint, data, networks, optimizers, report
+from funcsam.studies import bars, checkpoint, data, judging, networks, optimizers, problem, report, training
 from funcsam.studies.errors import StudyError
+from funcsam.studies.settings import resolve
+from tests.asserts import close, equal
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--no-compile", "--seeds", "2", "--data", "wine", "--batch-size", "32", "--network", "mlp-16")
@@ -483,6 +487,203 @@ def test_figures_that_are_not_finite_stay_valid_json():
     found = report.figures(torch.tensor([1.0, float("nan")]))
     assert found == {"mean": None, "standard_error": None, "seeds": [1.0, None]}
     assert report.figures(torch.tensor([1.0]))["standard_error"] is None
+
+
+# What is reported, of runs that are made up
+
+
+def made_up(**figures):
+    """A run of some epochs; what is not given is one half everywhere."""
+    shape = next(iter(figures.values())).shape
+    names = ("loss", "test_error", "noisy_fit", "held_error")
+    rows = {name: torch.full(shape, 0.5, dtype=torch.float64) for name in names} | figures
+    seconds = figures.get("seconds", torch.ones(shape[0], dtype=torch.float64))
+    return training.Run(shape[0], {}, {}, (), **(rows | {"seconds": seconds}))
+
+
+def rows(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_a_sweep_chooses_by_the_mean_held_out_error_of_the_last_epoch():
+    """Not by the test error, the best seed, the first seed or the first epoch. Three values, two seeds."""
+    held = rows([0.9, 0.9, 0.9, 0.9, 0.1, 0.1], [0.1, 0.7, 0.2, 0.3, 0.3, 0.4])
+    run = made_up(held_error=held, test_error=rows([0.0] * 6, [0.4, 0.4, 0.5, 0.7, 0.1, 0.1]))
+    assert report.best(run, 3) == 1
+    found = report.sweep(run, "rho", [0.1, 0.2, 0.3])
+    assert (found["option"], found["values"], found["chosen"]) == ("rho", [0.1, 0.2, 0.3], 0.2)
+    assert [each["seeds"] for each in found["held_out_error"]] == [[0.1, 0.7], [0.2, 0.3], [0.3, 0.4]]
+    assert [each["seeds"] for each in found["test_error"]] == [[0.4, 0.4], [0.5, 0.7], [0.1, 0.1]]
+
+
+def test_error_bars_are_the_deviation_over_the_root_of_the_number_of_seeds():
+    """`sqrt(sum (x - mean)^2 / (n - 1) / n)`, in the table, the files and the picture."""
+    values = rows(0.1, 0.2, 0.3, 0.6)
+    error = (0.14 / 3 / 4) ** 0.5
+    found = report.figures(values)
+    assert (found["mean"], found["standard_error"]) == pytest.approx((0.3, error))
+    mean, spread = report._errors(values[None])
+    assert (mean.item(), spread.item()) == pytest.approx((30, 100 * error))
+    assert report.cell(found, 100, 1) == "30.0 ± 10.8"
+    assert report._errors(rows([0.2]))[1] == 0
+
+
+def test_a_summary_has_the_last_epoch_and_times_over_sgds():
+    """Seconds are the median over the epochs; where there is no sgd, the first optimizer is the measure."""
+    runs = {
+        "adam": made_up(test_error=rows([0.9, 0.9], [0.2, 0.4], [0.1, 0.3]), seconds=rows(3, 1, 2)),
+        "sgd:lr=0.5": made_up(noisy_fit=rows([0.9, 0.9], [0.2, 0.4], [0.6, 0.8]), seconds=rows(4, 4, 9)),
+    }
+    found = report.summary(runs, {name: rows(1.0, 3.0) for name in runs})
+    assert found["adam"]["test_error"]["mean"] == pytest.approx(0.2)
+    assert found["sgd:lr=0.5"]["noisy_fit"]["mean"] == pytest.approx(0.7)
+    assert [each["seconds_per_step"] for each in found.values()] == [2, 4]
+    assert [each["ratio"] for each in found.values()] == [0.5, 1]
+    assert found["adam"]["sharpness"]["mean"] == 2
+    del runs["sgd:lr=0.5"]
+    assert report.summary(runs, {"adam": rows(1.0)})["adam"]["ratio"] == 1
+
+
+def test_bars_show_the_means_of_the_last_epoch():
+    run = made_up(loss=rows([9.0, 9.0], [0.2, 0.4]), test_error=rows([0.9, 0.9], [0.1, 0.3]))
+    shown = bars.Bars(5, {"sgd": run}, Console(file=io.StringIO()))
+    shown.show("sgd", run)
+    (task,) = shown.progress.tasks
+    assert (task.completed, task.total, task.fields["note"]) == (2, 5, "loss 0.300  test 80.0 %")
+
+
+def test_parts_of_a_run_have_their_share_of_the_time():
+    """A value of a sweep that of its members; of processes side by side the slowest counts, in the order of seeds."""
+    run = made_up(loss=rows([1, 2, 3, 4], [5, 6, 7, 8]), seconds=rows(8, 4))
+    part = run.of([1, 3])
+    equal((part.loss, part.seconds), (rows([2, 4], [6, 8]), rows(4, 2)))
+    other = run.of(slice(0, 2))._replace(seconds=rows(1, 9))
+    whole = training.joined([part, other], torch.tensor([2, 0, 3, 1]))
+    equal((whole.loss, whole.seconds), (rows([1, 2, 2, 4], [5, 6, 6, 8]), rows(4, 9)))
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_the_time_of_a_step_is_the_median_over_the_epoch(looped, monkeypatch):
+    """One slow step does not count; where members are trained one after the other their times are added."""
+    given, params, buffers = small(batch_size=32)
+    run = training.start(lambda: fs.sgd(0.1), given, params, buffers)
+    ticks = iter([tick for _ in range(3) for tick in (0, 1, 100, 102, 105)])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(ticks))
+    given = given._replace(looped=looped)
+    after = training.advance(run, lambda hyper, *carry_and_batch: carry_and_batch[:3], given)
+    assert given.steps() == 4
+    assert after.seconds.tolist() == [3 * 2.5 if looped else 2.5]  # of 1, 99, 2 and 3
+
+
+def test_some_examples_are_measured_on_their_own_labels():
+    given, _, _ = small()
+    judged = torch.tensor([3, 1, 4])
+    x, y = given._replace(judged=judged).examined()
+    equal((x, y), (given.data.x[judged], given.noisy[:, judged]))
+    assert (y != given.data.y[judged]).any()
+
+
+# The data
+
+
+def test_features_are_scaled_by_the_training_part():
+    """Pixels lie in [0, 1]; other features have mean 0 and variance 1, on the training part; a quarter is test."""
+    digits, wine = data.load("digits"), data.load("wine")
+    assert (digits.x.min(), digits.x.max()) == (0, 1)
+    close(wine.x.double().mean(0), torch.zeros(13, dtype=torch.float64), rtol=1e-6)
+    close(wine.x.double().std(0, correction=0), torch.ones(13, dtype=torch.float64), rtol=1e-6)
+    assert (len(digits.y), len(digits.test_y), len(wine.y), len(wine.test_y)) == (1347, 450, 133, 45)
+    assert (digits.classes, wine.classes) == (10, 3)
+
+
+def test_noise_is_exact_and_symmetric_noise_draws_from_all_classes():
+    """The number of examples is rounded to the nearest; each class comes up, the right one too."""
+    y = torch.zeros(100, dtype=torch.int64)
+    assert (data.noisy(y, 2, 0.29, 0, {0: 1}) == 1).sum() == 29  # 0.29 * 100 is 28.999999999999996
+    drawn = data.noisy(torch.zeros(30_000, dtype=torch.int64), 3, 1.0, 0).bincount(minlength=3)
+    assert drawn.sub(10_000).abs().max() < 400
+    assert not torch.equal(data.noisy(y, 9, 0.5, 0), data.noisy(y, 9, 0.5, 1))
+
+
+def test_every_seed_and_every_epoch_shuffles_anew():
+    """And sees every example at most once."""
+    orders = [data.order(10, 3, [seed], epoch)[:, 0].flatten() for seed in (0, 1) for epoch in (0, 1)]
+    for k, order in enumerate(orders):
+        assert len(order.unique()) == len(order) == 9
+        assert not any(torch.equal(order, other) for other in orders[:k])
+    both = data.order(10, 3, [0, 1], 1)
+    equal((both[:, 0].flatten(), both[:, 1].flatten()), (orders[1], orders[3]))
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "sgd.pt"
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "FORMAT", checkpoint.FORMAT - 1)
+        checkpoint.save(path, {}, {})
+    with pytest.raises(StudyError, match=f"must have format {checkpoint.FORMAT}, got {checkpoint.FORMAT - 1}"):
+        checkpoint.load(path, {})
+
+
+# What the members of an ensemble train on and are measured on
+
+
+def small(**more):
+    """Three seeds on wine: the problem, params and buffers."""
+    given = {"network": "mlp-4", "seeds": 3, "epochs": 1, "device": "cpu", "compile": False}
+    return problem.make(resolve("wine", **given, **more), torch.device("cpu"))[:3]
+
+
+def test_every_seed_has_labels_of_its_own_also_those_held_out():
+    """They are those of `data.noisy` by its number, before and after the split."""
+    for more in ({}, {"hyper_sweep": "rho=0.1,1", "optimizers": ("sam",)}):
+        given, _, _ = small(**more)
+        parts = data.load("wine")
+        kept, held = data.held_out(len(parts.y)) if more else (torch.arange(len(parts.y)), torch.arange(0))
+        for seed in range(3):
+            wanted = data.noisy(parts.y, 3, 0.4, seed)
+            equal((given.noisy[seed], given.held_noisy[seed]), (wanted[kept], wanted[held]))
+        assert not torch.equal(given.noisy[0], given.noisy[1])
+        equal((given.data.y, given.held_x), (parts.y[kept], parts.x[held]))
+
+
+def test_a_sweep_has_a_member_for_each_seed_and_value():
+    """One value after another; labels and batches are those of the seed."""
+    given, _, _ = small(hyper_sweep="rho=0.1,1", optimizers=("sam",))
+    swept = given.swept("rho", (0.1, 1.0))
+    assert list(swept.seeds) == [0, 1, 2, 0, 1, 2]
+    equal(swept.hyper, {"rho": torch.tensor([0.1, 0.1, 0.1, 1.0, 1.0, 1.0])})
+    for member, seed in enumerate(swept.seeds):
+        equal((swept.noisy[member], swept.held_noisy[member]), (given.noisy[seed], given.held_noisy[seed]))
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_what_is_measured_of_a_member(looped, monkeypatch):
+    """Loss, errors and sharpness, written out for each seed; also where the examples come in several batches."""
+    given, params, buffers = small(hyper_sweep="rho=0.1,1", optimizers=("sam",))
+    given = given._replace(looped=looped)
+    for name in ("TOGETHER", "ALONE"):
+        monkeypatch.setattr(judging, name, 40)
+    found = (*judging.measure(params, buffers, given), judging.sharpness(params, buffers, given))
+    network = given.network
+    for k in range(3):
+        fs.nn.load(network, *fs.ensemble.member((params, buffers), k))
+        loss = F.cross_entropy(network(given.data.x), given.noisy[k])
+        grads = torch.autograd.grad(loss, list(network.parameters()))
+        length = torch.cat([g.flatten() for g in grads]).norm()
+        right = [
+            (network(x).argmax(-1) == y).float().mean()
+            for x, y in (
+                (given.data.test_x, given.data.test_y),
+                (given.data.x, given.noisy[k]),
+                (given.held_x, given.held_noisy[k]),
+            )
+        ]
+        with torch.no_grad():
+            for p, g in zip(network.parameters(), grads, strict=True):
+                p += 0.05 * g / length
+        rise = F.cross_entropy(network(given.data.x), given.noisy[k]) - loss
+        wanted = (loss, 1 - right[0], right[1], 1 - right[2], rise)
+        close(tuple(each[k].double() for each in found), tuple(each.detach().double() for each in wanted), rtol=1e-6)
 
 
 @pytest.mark.compile

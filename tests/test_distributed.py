@@ -11,6 +11,7 @@ from tests.distributed.reduce import (
     EXAMPLES,
     PLACES,
     SHARES,
+    TYPES,
     data,
     images,
     mean_loss,
@@ -105,6 +106,13 @@ def test_ranks_that_start_from_different_seeds_are_refused(ranks):
     close(ranks[0]["broadcast"], wanted, rtol=1e-12)
 
 
+def test_ranks_that_are_nearly_alike_are_refused(ranks):
+    """One sum or one length is not enough, and every leaf counts."""
+    for rank in ranks:
+        for text in rank["refused each"]:
+            assert "all_reduce_mean: `params` must be the same on every rank" in text
+
+
 @pytest.mark.parametrize("shares", SHARES)
 def test_an_uneven_batch(ranks, shares):
     """With the weights that the docstring names: the mean over all examples, also where a rank has none."""
@@ -159,6 +167,12 @@ def test_the_mean_of_a_tree(ranks):
     """Of floating-point leaves; others stay the rank's own."""
     for number, rank in enumerate(ranks):
         equal(rank["a mean"], {"x": torch.tensor((len(ranks) - 1) / 2), "n": torch.tensor(number)})
+
+
+def test_a_broadcast_keeps_every_type(ranks):
+    """Flags, counters, half precision, complex numbers: those of the first rank, side by side."""
+    for rank in ranks:
+        equal(rank["of any type"], [torch.tensor([True]).to(kind) for kind in TYPES])
 
 
 def test_an_overflow_on_one_rank_is_seen_by_all(ranks):

@@ -161,6 +161,14 @@ def test_members_come_out_as_they_went_in(ensemble):
     equal(fs.ensemble.member(stacked, -1), ensemble.members[2])
 
 
+def test_a_member_is_a_copy():
+    """Whoever writes to it leaves the ensemble as it is."""
+    stacked = {"w": torch.ones(3, 2)}
+    for each in (fs.ensemble.member(stacked, 1), *fs.ensemble.unstack(stacked)):
+        each["w"].zero_()
+    equal(stacked, {"w": torch.ones(3, 2)})
+
+
 def test_save_load_and_take_one_out(tmp_path):
     """An ensemble goes on from a file exactly, and a member is a plain module."""
     model = built(MODULES["batch norm"])
@@ -204,10 +212,11 @@ def test_dropout_differs_between_members_unless_it_is_to_be_the_same():
     model = nn.Dropout(0.5)
     evaluate = fs.nn.loss_fn(model, lambda model, x: model(x).sum())
     grads_fn = lambda w: (w, evaluate({}, {}, torch.ones(64))[0])  # noqa: E731
-    for randomness in ("same", "different"):
-        many = fs.ensemble.vectorize(fs.identity(), randomness=randomness)
-        losses = many.update(torch.ones(4, 1), grads_fn, ())[2]
-        assert (losses == losses[0]).all() == (randomness == "same")
+    for more in ({}, {"randomness": "same"}, {"randomness": "different"}):
+        for chunk_size in (None, 1):
+            many = fs.ensemble.vectorize(fs.identity(), chunk_size=chunk_size, **more)
+            losses = many.update(torch.ones(4, 1), grads_fn, ())[2]
+            assert (losses == losses[0]).all() == (more.get("randomness") == "same")
     with pytest.raises(RuntimeError, match="randomness"):
         fs.ensemble.vectorize(fs.identity(), randomness="error").update(torch.ones(4, 1), grads_fn, ())
 

@@ -145,6 +145,31 @@ def test_bare_autograd(model):
     close(tx.step(params, grads_fn, state, X), tx.step(params, mine, state, X))
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("how", ["auto", "func", "autograd", "bare", "bare func"])
+def test_sparse_gradients_among_others(how, place):
+    """One sparse gradient, wherever it stands: the step, and every gradient, is as if all were dense."""
+    ids = torch.tensor([0, 2, 2])
+    params = tuple(torch.arange(6.0).reshape(3, 2).sin() + k for k in range(3))
+
+    def loss(params, sparse):
+        tables = [F.embedding(ids, w, sparse=sparse and k == place) for k, w in enumerate(params)]
+        return (tables[0] * tables[1].cos() + tables[2]).square().sum()
+
+    def bare(params, sparse):
+        leaves = [leaf.detach().requires_grad_() for leaf in params]
+        return torch.autograd.grad(loss(leaves, sparse), leaves), ()
+
+    grads_fn = {"bare": bare, "bare func": torch.func.grad(loss)}.get(how)
+    grads_fn = fs.grad_and_value(loss, backend=how) if grads_fn is None else grads_fn
+    tx, seen = fs.chain(fs.lift(lambda params: (), lambda g, s, w: (seen.append(g), (g, s))[1]), fs.sam(0.3)), []
+    with torch.enable_grad():
+        answers = [tx.step(params, grads_fn, tx.init(params), sparse)[0] for sparse in (True, False)]
+    close(*answers, rtol=1e-6)
+    assert all(g.layout is torch.strided for grads in seen for g in grads)
+    assert len(seen) == 4
+
+
 def test_sparse_gradients_come_back_dense():
     """An embedding with `sparse=True` takes the step that a dense one takes."""
     ids = torch.tensor([0, 2, 2])

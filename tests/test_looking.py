@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 import funcsam as fs
 from funcsam import cli
-from funcsam.studies import finished, measuring
+from funcsam.studies import data, finished, measuring, survey
+from funcsam.studies.problem import Problem
+from tests.asserts import equal
 
 DATA = Path(__file__).parent / "data"
 QUICK = ("--examples", 40, "--steps", 2, "--draws", 2, "--rho", 0.1, "--rho", 0.3)
@@ -66,6 +68,52 @@ def test_what_is_measured_is_what_the_measures_say(wine, capsys):
         assert name in " ".join(shown.split())
 
 
+def test_every_seed_is_measured_on_its_own_labels():
+    """Each row is what its measure says of one model after the other, with the numbers that its name has."""
+    network = torch.nn.Linear(3, 3)
+    x, labels = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    noisy = torch.stack([labels, labels.flip(0), labels.roll(1)])
+    given = Problem(data.Data(x, labels, x, labels, 3), noisy, x[:0], noisy[:, :0], network, range(3), 4)
+    params, buffers = fs.ensemble.init(lambda: torch.nn.Linear(3, 3), range(3))
+    found = finished.Finished(None, given, {"sgd": finished.Models(params, buffers)}, {})
+    options = measuring.Options(6, (0.1, 0.2, 0.4), 3, 0.7, 0.1, 4)
+    steps = []
+    values = measuring.values(found, options, steps.append)
+    assert sum(steps) == measuring.work(found, options) == 3 * len(values)
+    x, noisy = x[data.subset(labels, 6)], noisy[:, data.subset(labels, 6)]
+    m = fs.measures
+    wanted = {
+        "loss": lambda loss, *args: loss(*args),
+        "gradient norm": m.gradient_norm,
+        "worst case, rho 0.1": lambda *args: m.worst_case_sharpness(*args, rho=0.1, steps=3),
+        "worst case, rho 0.2": lambda *args: m.worst_case_sharpness(*args, rho=0.2, steps=3),
+        "worst case, rho 0.4": lambda *args: m.worst_case_sharpness(*args, rho=0.4, steps=3),
+        "one step, rho 0.2": lambda *args: m.worst_case_sharpness(*args, rho=0.2),
+        "m-sharpness, rho 0.2, m 1": lambda *args: m.m_sharpness(*args, m=1, rho=0.2, steps=3),
+        "adaptive, rho 0.7": lambda *args: m.worst_case_sharpness(*args, rho=0.7, steps=3, adaptive=True),
+        "average case, sigma 0.1": lambda *args: m.average_case_sharpness(*args, rho=0.1, draws=4).mean,
+        "largest eigenvalue": lambda *args: m.hessian_eigenpairs(*args).values[0],
+        "trace": lambda *args: m.hessian_trace(*args, draws=4).mean,
+    }
+    assert list(values) == list(wanted)
+    loss = fs.nn.loss_fn(network, lambda network, x, y: F.cross_entropy(network(x), y))
+    for name, measure in wanted.items():
+        each = [
+            measure(lambda params, x, y: loss(params, {}, x, y)[0], fs.ensemble.member(params, k), x, noisy[k]).item()
+            for k in range(3)
+        ]
+        assert values[name]["sgd"].tolist() == pytest.approx(each, rel=1e-4, abs=1e-7), name
+        assert len({round(value, 8) for value in each}) == 3
+
+
+def test_numbers_of_a_table_are_short():
+    """Three digits of the mean, one of its error."""
+    seeds = {"mean": 0.123456, "standard_error": 0.00678, "seeds": []}
+    assert measuring._short(seeds) == "0.123 ± 0.007"
+    assert measuring._short(seeds | {"standard_error": None}) == "0.123"
+    assert measuring._short(seeds | {"mean": None}) == "not finite"
+
+
 def test_measures_of_images(images):
     """On all of them, where there are fewer than are asked for."""
     assert run("measure", images, *QUICK, "--examples", 500, "--data-dir", DATA) == 0
@@ -89,6 +137,24 @@ def test_pictures_of_two_optimizers(wine, tmp_path):
     assert page.index("asam:rho=2.0") < page.rindex("sgd")
     assert "seed 1" in page
     assert (tmp_path / "landscape-line.png").read_bytes() != (wine / "landscape-line.png").read_bytes()
+
+
+def test_pictures_are_of_the_seed_that_is_named(wine, tmp_path, monkeypatch):
+    """Its models, the labels that it was trained on, and clean labels of the test set."""
+    seen = []
+    around = survey.around
+    monkeypatch.setattr(survey, "around", lambda *args, **more: (seen.append((args, more)), around(*args, **more))[1])
+    command = ("landscape", wine, "--points", 3, "--radius", 0.25, "--examples", 20, "--seed", 1, "--out", tmp_path)
+    assert run(*command) == 0
+    (((_, solutions, x, y, _, test), more),) = seen
+    found = finished.load(wine)
+    examples, noisy = measuring.chosen(found.problem, 20)
+    assert list(solutions) == list(found.models)[:2]
+    for name, (params, buffers) in solutions.items():
+        equal((params, buffers), fs.ensemble.member(tuple(found.models[name]), 1))
+    equal((x, y), (examples, noisy[1]))
+    equal(test, (found.problem.data.test_x[:20], found.problem.data.test_y[:20]))
+    assert (more["radius"], more["points"]) == (0.25, 3)
 
 
 def test_pictures_of_images(images, tmp_path):

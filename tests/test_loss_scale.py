@@ -57,7 +57,7 @@ events = st.lists(st.sampled_from(["fine", "first", "probe"]), min_size=1, max_s
 @given(events=events, interval=st.integers(1, 4))
 def test_the_scale_moves_as_in_torchs_grad_scaler(events, interval):
     """Growth, back-off and the tracker, step for step."""
-    numbers = {"init_scale": 1024.0, "growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": interval}
+    numbers = {"init_scale": 1024.0, "growth_factor": 4.0, "backoff_factor": 0.125, "growth_interval": interval}
     scaler = torch.amp.GradScaler("cpu", **numbers)
     p = torch.nn.Parameter(torch.ones(()))
     base = torch.optim.SGD([p], 0.1)
@@ -69,6 +69,18 @@ def test_the_scale_moves_as_in_torchs_grad_scaler(events, interval):
         wanted.append((scaler.get_scale(), scaler._get_growth_tracker()))
     states = [s for _, s in run(fs.dynamic_loss_scale(fs.sgd(0.1), **numbers), [_factor(e) for e in events])]
     assert [(s.scale.item(), s.growth_tracker.item()) for s in states] == wanted
+
+
+def test_the_scale_stops_growing_at_the_largest_number():
+    """Infinity would make every later gradient NaN: at the largest power of two the scale stays, and steps go on."""
+    tx = fs.dynamic_loss_scale(fs.sgd(0.1), init_scale=2.0**126, growth_interval=1)
+    w, state = torch.zeros(1), None
+    state, scales = tx.init(w), []
+    for _ in range(4):
+        w, state, _ = tx.step(w, fs.grad_and_value(lambda w: 1e-30 * w.sum()), state)
+        scales.append(state.scale.item())
+    assert scales == [2.0**127] * 4
+    close(w, torch.full((1,), -4e-31), rtol=0)
 
 
 def _factor(event):
@@ -125,6 +137,36 @@ def test_one_bad_slice_skips_the_step():
         w, after, _ = tx.step(W, grads_fn, tx.init(W), torch.tensor([1.0, 1.0, torch.inf, 1.0]))
         equal(w, W)
         assert after.scale == 2.0**15
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_one_bad_slice_that_no_update_sees_skips_the_step(size):
+    """Its ascent is frozen, and its probe is finite: three good slices of four do not outvote it."""
+    climb = fs.chain(fs.freeze(), fs.scale(0.1))
+    tx = fs.dynamic_loss_scale(fs.microbatch(fs.sharpness_aware(climb), 4, chunk_size=size))
+    calls = []
+
+    def loss_fn(w, x):
+        calls.append(0)
+        first = len(calls) % 2
+        return (w["w"].sum() + w["b"]) * torch.where((x.max() > 2) & bool(first), torch.inf, 1.0)
+
+    w, after, _ = tx.step(W, fs.grad_and_value(loss_fn), tx.init(W), torch.tensor([1.0, 1.0, 3.0, 1.0]))
+    equal(w, W)
+    assert after.scale == 2.0**15
+
+
+def test_numbers_that_are_not_given_are_those_of_torch():
+    scaler = torch.amp.GradScaler("cpu")
+    ours, w = fs.dynamic_loss_scale(fs.sgd(0.1)), torch.ones(1)
+    state = ours.init(w)
+    assert state.scale == scaler.get_scale()
+    close_to = state._replace(growth_tracker=torch.tensor(scaler.get_growth_interval() - 2, dtype=torch.int32))
+    for factor in (1.0, scaler.get_growth_factor()):
+        _, close_to, _ = ours.step(w, fs.grad_and_value(torch.sum), close_to)
+        assert close_to.scale == factor * state.scale
+    _, after, _ = ours.step(w, fs.grad_and_value(lambda w: w.sum() * torch.inf), state)
+    assert after.scale == scaler.get_backoff_factor() * state.scale
 
 
 def test_members_of_an_ensemble_have_scales_of_their_own():

@@ -260,6 +260,26 @@ def test_draws_are_those_of_a_generator(problem, rho, draws, seed):
     close(measures.average_case_sharpness(problem.loss, problem.params, rho=rho, draws=draws, seed=seed), wanted)
 
 
+def test_slices_pass_on_every_number():
+    """`m_sharpness` of one slice is `worst_case_sharpness`, whatever is set; each number makes a difference."""
+    params, x, y = network(3, 4, 3)
+    options = {"rho": 0.3, "steps": 3, "adaptive": True, "eta": 0.2, "mask": {name: name == "w0" for name in params}}
+    wanted = measures.worst_case_sharpness(loss_fn, params, x, y, **options)
+    close(measures.m_sharpness(loss_fn, params, x, y, m=12, **options), wanted)
+    for name, value in {"rho": 0.2, "steps": 1, "eta": 0.0, "mask": None}.items():
+        other = measures.m_sharpness(loss_fn, params, x, y, m=12, **options | {name: value})
+        assert (other - wanted).abs() > 1e-6, name
+
+
+def test_seeds_draw_anew():
+    """Of every measure that draws."""
+    params, x, y = network(3, 4, 3)
+    for measure in (measures.average_case_sharpness, measures.hessian_trace):
+        first, again, other = (measure(loss_fn, params, x, y, draws=3, seed=seed) for seed in (1, 1, 2))
+        equal(first, again)
+        assert first.mean != other.mean
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2, 5])
 def test_chunks_change_nothing(chunk_size):
     params, x, y = network(3, 4, 3)

@@ -71,6 +71,42 @@ def test_the_middle_and_the_ends_are_the_solutions():
     assert "batch-norm" not in found.caption
 
 
+def test_the_middle_of_the_line_is_the_mean_of_the_solutions():
+    """And every other place its mixture of them, `(1 - t) a + t b`: loss and test error, statistics of the examples."""
+    net, solutions, x, y, test = problem()
+    found = survey.around(net, solutions, x, y, "title", test, points=9)
+    assert found.ts.tolist() == [k / 8 for k in range(-2, 11)]
+    (first, buffers), (second, _) = solutions.values()
+    for k, t in enumerate(found.ts.tolist()):
+        params = {name: (1 - t) * w + t * second[name] for name, w in first.items()}
+        inside = F.linear(x, params["0.weight"], params["0.bias"])
+        fitting = {**buffers, "1.running_mean": inside.mean(0), "1.running_var": inside.var(0)}
+        biased = {**fitting, "1.running_var": inside.var(0, correction=0)}
+        loss = F.cross_entropy(fs.nn.predict(net, params, biased, x), y)
+        assert found.line[k].item() == pytest.approx(loss.item(), rel=1e-4)
+        wrong = (fs.nn.predict(net, params, fitting, test[0]).argmax(-1) != test[1]).float().mean()
+        assert found.errors[k].item() == pytest.approx(wrong.item())
+
+
+@pytest.mark.parametrize(("radius", "points"), [(0.7, 31), (0.1, 7), (1e-3, 101), (3.0, 13)])
+def test_the_middle_of_a_picture_is_the_solution(radius, points, monkeypatch):
+    """At zero, exactly: evenly spaced numbers need not have a zero in their middle."""
+    net, solutions, x, y, _ = problem(norm=False)
+    asked = []
+
+    def grid(loss_fn, params, directions, xs, ys, *batch, **how):
+        asked.extend((xs, ys))
+        return torch.arange(1.0, points**2 + 1).view(points, points) + 1e4 * (len(asked) > 2)
+
+    monkeypatch.setattr(fs.landscape, "grid", grid)
+    found = survey.around(net, solutions, x, y, "title", radius=radius, points=points)
+    for steps in (*asked, found.xs, found.ys):
+        assert steps[points // 2] == 0.0
+        assert steps[[0, -1]].tolist() == pytest.approx([-radius, radius])
+    middle = (points**2 + 1) / 2
+    assert found.centres.tolist() == [middle, 1e4 + middle]
+
+
 def test_both_pictures_have_the_same_draw():
     """The grids are those of `fs.landscape` with one seed; another seed gives others."""
     net, solutions, x, y, _ = problem(norm=False)

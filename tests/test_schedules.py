@@ -57,6 +57,20 @@ def test_step_decay_rounds_up():
     assert read(fs.step_decay(1.0, 5, 0.5, [0.5]), 5) == [1, 1, 1, 0.5, 0.5]
 
 
+@pytest.mark.parametrize(("fraction", "total"), [(0.07, 100), (0.14, 50), (0.28, 25), (0.57, 100), (0.29, 100)])
+def test_a_milestone_is_what_its_digits_say(fraction, total):
+    """`0.07 * 100` is 7.000000000000001 and `0.57 * 100` 56.99999999999999 for a computer: step 7 and step 57 here."""
+    start = round(fraction * total)
+    assert read(fs.step_decay(1.0, total, 0.5, [fraction]), total) == [1.0] * start + [0.5] * (total - start)
+
+
+def test_a_milestone_beyond_the_integers_of_float32():
+    """It takes effect at its step and not one earlier."""
+    start = 2**24 + 1
+    schedule = fs.step_decay(1.0, 2 * start, 0.5, [0.5])
+    assert [schedule(torch.tensor(start + k)).item() for k in (-1, 0)] == [1.0, 0.5]
+
+
 @given(value=values)
 def test_constant(value):
     """The same at every step."""

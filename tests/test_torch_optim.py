@@ -148,6 +148,81 @@ def test_it_is_the_pure_chain(loop, name):
     close(torch.tensor(found, dtype=torch.float64), torch.stack(losses))
 
 
+class Bags(nn.Module):
+    """Two embeddings around a linear layer, and in front and behind a param that the loss does not use."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(2))
+        self.first = nn.EmbeddingBag(8, 4, mode="sum", sparse=sparse)
+        self.layer = nn.Linear(4, 4)
+        self.last = nn.EmbeddingBag(8, 4, mode="sum", sparse=sparse)
+        self.idle = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        words = (x.abs() * 4).long().clamp(max=7)
+        return self.last(words.flip(1)) + torch.tanh(self.layer(self.first(words)))
+
+
+BAGS = {
+    "sam": lambda model: SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1),
+    "asam": lambda model: SAM(model.parameters(), torch.optim.SGD, rho=0.3, adaptive=True, lr=0.1),
+    "mean": lambda model: SharpnessAware(
+        model.parameters(), torch.optim.Adam, fs.chain(fs.normalize(), fs.scale(0.3)), mean, lr=0.1
+    ),
+    "groups": lambda model: SAM(
+        [{"params": [p], "rho": 0.1 * k} for k, p in enumerate(model.parameters())], torch.optim.SGD, lr=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", BAGS)
+def test_sparse_and_missing_gradients_among_others(name, loop):
+    """Some gradients are sparse, some dense, some are not there: it is the step where all are dense."""
+    params = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = Bags(sparse).double()
+        optimizer = BAGS[name](model)
+        optimizer.first_pass = "gradients" if loop is backward_first else "closure"
+        loop(optimizer, model, batches(3))
+        params.append(fs.nn.split(model)[0])
+    close(*params)
+    equal((params[0]["unused"], params[0]["idle"]), (torch.ones(2).double(), torch.ones(3).double()))
+
+
+def test_sparse_gradients_in_a_whole_chain():
+    """The pure parts see dense ones."""
+    params = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = Bags(sparse).double()
+        closures(Optimizer(model.parameters(), CHAIN), model, batches(3))
+        params.append(fs.nn.split(model)[0])
+    close(*params)
+
+
+@pytest.mark.parametrize(("rhos", "adaptive"), [((0.1, 0.1, 0.4), (0, 0, 0)), ((0.2, 0.2, 0.2), (0, 1, 0))])
+def test_groups_that_differ_in_one(rhos, adaptive):
+    """Neither the first group nor most of them stand for all."""
+    model, data = model_and_data()
+    other = copy.deepcopy(model)
+
+    def groups(model):
+        leaves = list(model.parameters())
+        parts = (leaves[:1], leaves[1:3], leaves[3:])
+        return [
+            {"params": part, "rho": rho, "adaptive": bool(on)}
+            for part, rho, on in zip(parts, rhos, adaptive, strict=True)
+        ]
+
+    closures(SAM(groups(model), **SGD), model, data[:1])
+    plain = [{"params": group["params"]} for group in groups(other)]
+    Reference(groups(other), torch.optim.SGD(plain, lr=0.1, momentum=0.9)).run(other, data[:1])
+    close(fs.nn.split(model)[0], fs.nn.split(other)[0], rtol=1e-6)
+
+
 def mean(grads, probe):
     """Half of each."""
     return fs.tree.scale(0.5, fs.tree.add(grads, probe))
@@ -167,6 +242,15 @@ def test_any_member_of_the_family(loop):
 
 
 CHAIN = fs.chain(fs.clip_by_global_norm(1.0), fs.sam(0.2), fs.adamw(0.01))
+
+
+FAILING = {
+    "SAM": lambda model: SAM(model.parameters(), rho=0.5, model=model, **SGD),
+    "a moving radius": lambda model: SharpnessAware(
+        model.parameters(), torch.optim.AdamW, fs.scale(fs.cosine(0.5, 6)), mean, model=model, lr=0.1
+    ),
+    "chain": lambda model: Optimizer(model.parameters(), CHAIN, model=model),
+}
 
 
 def test_a_whole_chain():
@@ -478,6 +562,60 @@ def test_gradients_are_clear_after_a_step():
         assert all(p.grad is None for p in model.parameters())
 
 
+def test_gradients_stay_where_nothing_is_said():
+    """`first_step()` and `second_step()` leave them; `zero_grad=True` clears them."""
+    model, data = model_and_data()
+    optimizer = SAM(model.parameters(), **SGD)
+    for zero_grad in (False, True):
+        for half in (optimizer.first_step, optimizer.second_step):
+            optimizer.zero_grad()
+            loss(model, *data[0]).backward()
+            before = [p.grad.clone() for p in model.parameters()]
+            half(zero_grad=zero_grad) if zero_grad else half()
+            after = [p.grad for p in model.parameters()]
+            assert all(g is None for g in after) if zero_grad else all(map(torch.equal, after, before))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_combination_gets_the_gradients_in_this_order(loop):
+    """That of the params first, also where the caller zeroes gradients in place between the passes."""
+    combine = lambda grads, probe: fs.tree.add_scaled(probe, -0.25, grads)  # noqa: E731
+    climb = fs.chain(fs.normalize(), fs.scale(0.3))
+    model, data = model_and_data()
+    wanted = pure_loop(model, data, tx=fs.chain(fs.sharpness_aware(climb, combine=combine), fs.sgd(0.1)))
+    optimizer = SharpnessAware(model.parameters(), torch.optim.SGD, climb, combine, lr=0.1)
+    zero_grad = optimizer.zero_grad
+    optimizer.zero_grad = lambda: zero_grad(set_to_none=loop is not two_step)
+    loop(optimizer, model, data)
+    close(fs.nn.split(model)[0], wanted[0])
+
+
+def test_the_radius_of_any_group_may_move():
+    """Not of the first alone."""
+    model, data = model_and_data()
+    other = copy.deepcopy(model)
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
+    optimizer = SAM(groups, rho=0.2, **SGD)
+    for k, batch in enumerate(data):
+        optimizer.param_groups[1]["rho"] = 0.2 / (k + 1)
+        closures(optimizer, model, [batch])
+    moving = lambda step: 0.2 / (step + 1)  # noqa: E731
+    rho = {name: 0.2 if name.startswith("0") else moving for name, _ in other.named_parameters()}
+    close(fs.nn.split(model)[0], pure_loop(other, data, tx=fs.chain(fs.sam(rho), fs.sgd(0.1, momentum=0.9)))[0])
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_step_where_no_gradients_are_taken(name):
+    """The closure computes them under `torch.no_grad()` as well."""
+    model, data = model_and_data("batch norm")
+    other = copy.deepcopy(model)
+    closures(FAILING[name](other), other, data)
+    optimizer = FAILING[name](model)
+    with torch.no_grad():
+        closures(optimizer, model, data)
+    equal(fs.nn.split(model), fs.nn.split(other))
+
+
 def test_a_half_accumulated_gradient_is_taken_for_a_first_pass():
     """Not with `first_pass="closure"`, which says what to do."""
     model, data = model_and_data()
@@ -492,24 +630,56 @@ def test_a_half_accumulated_gradient_is_taken_for_a_first_pass():
         closures(strict, model, data[:1])
 
 
-def test_a_failing_closure_leaves_the_weights():
-    """Where the second pass raises, the params are back at `w`."""
-    model, data = model_and_data()
-    before, calls = fs.nn.split(model), []
-    optimizer = SAM(model.parameters(), rho=0.5, **SGD)
+@pytest.mark.parametrize("when", ["before the loss", "before backward", "after backward"])
+@pytest.mark.parametrize("bad", [1, 2])
+@pytest.mark.parametrize("name", FAILING)
+def test_a_failing_closure_leaves_everything(name, bad, when):
+    """Params, buffers and states are as they were, bit for bit, whichever pass raises; the next step goes on."""
+    model, data = model_and_data("batch norm")
+    optimizer, other = FAILING[name](model), copy.deepcopy(model)
+    twin = FAILING[name](other)
+    closures(optimizer, model, data[:1])
+    closures(twin, other, data[:1])
+    before, calls = copy.deepcopy((model.state_dict(), optimizer.state_dict())), []
 
     def closure():
         calls.append(0)
-        if len(calls) == 2:
+        if len(calls) == bad and when == "before the loss":
             raise ZeroDivisionError
-        value = loss(model, *data[0])
+        value = loss(model, *data[1])
+        if len(calls) == bad and when == "before backward":
+            raise ZeroDivisionError
         value.backward()
+        if len(calls) == bad:
+            raise ZeroDivisionError
         return value
 
     with pytest.raises(ZeroDivisionError):
         optimizer.step(closure)
-    equal(fs.nn.split(model), before)
-    closures(optimizer, model, data)
+    after = model.state_dict(), optimizer.state_dict()
+    equal(after[0], before[0])
+    for key in ("state", "funcsam"):
+        equal(after[1][key], before[1][key])
+    assert all(p.grad is None for p in model.parameters())
+    closures(optimizer, model, data[1:])
+    closures(twin, other, data[1:])
+    equal(model.state_dict(), other.state_dict())
+
+
+def test_a_failing_second_pass_leaves_what_the_first_pass_wrote():
+    """Where the first pass was done before `step`, its buffers are those that the call found."""
+    model, data = model_and_data("batch norm")
+    optimizer = SAM(model.parameters(), rho=0.5, model=model, **SGD)
+    loss(model, *data[0]).backward()
+    before = copy.deepcopy(model.state_dict())
+
+    def closure():
+        loss(model, *data[1])
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(closure)
+    equal(model.state_dict(), before)
 
 
 # Precision, accumulation, clipping
@@ -684,8 +854,11 @@ def test_two_first_steps_in_a_row_are_refused():
     optimizer = SAM(model.parameters(), **SGD)
     loss(model, *data[0]).backward()
     optimizer.first_step()
-    with pytest.raises(RuntimeError, match="first_step: must be followed by `second_step`, got another"):
-        optimizer.first_step()
+    before = copy.deepcopy(model.state_dict())
+    for again in (optimizer.first_step, lambda: optimizer.step(lambda: loss(model, *data[0]))):
+        with pytest.raises(RuntimeError, match="first_step: must be followed by `second_step`, got another"):
+            again()
+    equal(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -146,9 +146,12 @@ class SharpnessAware(Front):
         """
         self._ascend(zero_grad)
 
-    def _ascend(self, zero_grad: bool, check: bool = False) -> None:
+    def _refuse_two(self) -> None:
         if self._between is not None:
             raise RuntimeError("first_step: must be followed by `second_step`, got another `first_step`.")
+
+    def _ascend(self, zero_grad: bool, check: bool = False) -> None:
+        self._refuse_two()
         values, grads, climb = self._values(), self._grads(), self._climb()
         state = climb.init(values) if self._state is None else self._state
         offset, state, _ = climb.update(values, lambda params: grads, state)
@@ -212,6 +215,8 @@ class SharpnessAware(Front):
     def step(self, closure: Closure | None = None, *, scaler: "torch.amp.GradScaler | None" = None) -> Any:
         """Takes both passes of a step, and clears the gradients.
 
+        Where the closure raises, params and the buffers of `model` are as they were before the call.
+
         Args:
             closure: Computes the loss, calls `backward` and returns the loss. Where no gradient is present it is called
                 for both passes; where gradients are present, these are the first pass. See `first_pass`. Without a
@@ -234,6 +239,7 @@ class SharpnessAware(Front):
                     "Give one, or call `first_step`, a second forward and backward pass, and `second_step`."
                 )
             return self.second_step(zero_grad=True)
+        self._refuse_two()
         present = self._has_grads()
         if self.first_pass == "closure" and present:
             raise RuntimeError(
@@ -243,20 +249,26 @@ class SharpnessAware(Front):
         if self.first_pass == "gradients" and not present:
             raise RuntimeError("step: the first backward pass must be done before, got no gradients.")
         closure = torch.enable_grad()(closure)
-        first = None if present else closure()
-        with torch.no_grad():
-            if scaler is not None:
-                scaler.unscale_(self)
-            self._ascend(zero_grad=True, check=scaler is not None)
+        buffers = clones(self._buffers())
         try:
+            first = None if present else closure()
+            with torch.no_grad():
+                if scaler is not None:
+                    scaler.unscale_(self)
+                self._ascend(zero_grad=True, check=scaler is not None)
             second = closure()
             if scaler is None:
                 self.second_step()
             else:
                 second_half: Any = _Second(self)
                 scaler.step(second_half)
-        finally:
+        except BaseException:
             self.restore()
+            with torch.no_grad():
+                copy([self._buffers()], [buffers])
+            self.zero_grad()
+            raise
+        self.restore()
         self.zero_grad()
         return second if present else first
 

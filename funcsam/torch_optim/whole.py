@@ -50,6 +50,8 @@ class Optimizer(Front):
     def step(self, closure: Closure | None = None) -> Any:
         """Takes a step and returns the loss at the params.
 
+        Where the closure raises, params and the buffers of `model` are as they were before the call.
+
         Args:
             closure: Computes the loss, calls `backward` and returns the loss.
 
@@ -71,8 +73,12 @@ class Optimizer(Front):
             first.append([] if first else clones(self._buffers()))
             return self._grads(), loss
 
+        buffers = clones(self._buffers())
         try:
             updates, state, loss = transform.update(params, grads_fn, state)
+        except BaseException:
+            first[:] = [buffers]
+            raise
         finally:
             copy(values, params)
             if first:

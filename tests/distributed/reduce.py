@@ -17,6 +17,7 @@ from funcsam.studies.networks import wide_resnet
 EXAMPLES = 8
 SHARES = ((3, 4, 1, 0), (5, 3, 0, 0))
 PLACES = ("before", "after")
+TYPES = (torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64, torch.complex64)
 
 
 def network(seed=0):
@@ -127,6 +128,16 @@ def refused(params):
     return ""
 
 
+def nearly_alike(rank):
+    """Params of a rank that differ in one thing only: in size with one sum, in sign, in the last leaf, in one NaN."""
+    ones = torch.ones(2)
+    yield {"w": torch.tensor([1.0, -1.0]) * (rank + 1)}
+    yield {"w": torch.tensor([1.0]) * (-1) ** rank}
+    yield {"a": ones, "b": ones, "c": ones + (rank == dist.get_world_size() - 1)}
+    yield {"w": torch.tensor([0.0, torch.nan if rank else 2.0])}
+    yield {"z": torch.complex(ones, ones * rank)}
+
+
 def main():
     """Computes every case and writes what this rank has."""
     dist.init_process_group("gloo")
@@ -149,8 +160,10 @@ def main():
     for place in PLACES:
         found[f"nan {place}"] = skipping(place, own)
     found["state upstream"] = run(fs.chain(fs.trace(0.5), all_reduce_mean(), fs.sam(0.2), sgd()), smooth(), own)[3]
+    found["of any type"] = broadcast([torch.tensor([rank == 0]).to(kind) for kind in TYPES])
     other = fs.nn.split(network(seed=rank))
     found["refused"] = refused(other[0])
+    found["refused each"] = [refused(params) for params in nearly_alike(rank)]
     found["sharded"] = refused(shard({"w": torch.ones(4)}, init_device_mesh("cpu", (world,))))
     found["a mean"] = mean({"x": torch.tensor(float(rank)), "n": torch.tensor(rank)})
     found["broadcast"] = train(fs.chain(all_reduce_mean(), sgd()), network(seed=rank), own, start=broadcast(other))

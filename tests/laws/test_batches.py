@@ -151,6 +151,31 @@ def test_m_sharpness_of_a_module(name):
         close(leaf, sum(each) / 3 if leaf.is_floating_point() else each[0])
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+@pytest.mark.parametrize("m", [3, 4])
+def test_of_whole_numbers_the_first_slice_counts(m, chunk_size):
+    """Of `aux` and of states, under `vmap` and in a loop; numbers with a point are averaged by size, in their type."""
+    x = torch.tensor([2, 7, 1, 8, 9, 5, 3])
+
+    def update(params, grads_fn, state, x):
+        first = x.gather(0, torch.zeros_like(x))[0]
+        return params, {"n": first, "mean": x.double().mean()}, {"n": first, "on": first < 3, "half": x.half().mean()}
+
+    tx = fs.microbatch(fs.Transform(lambda params: (), update), m, chunk_size=chunk_size)
+    _, state, aux = tx.update(torch.ones(()), lambda w, x: w, (), x)
+    close(state, {"n": torch.tensor(2), "mean": x.double().mean()})
+    equal((aux["n"], aux["on"]), (torch.tensor(2), torch.tensor(True)))
+    close(aux["half"], x.half().mean(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_means_of_half_precision_are_taken_in_float32(chunk_size):
+    """Many small slices do not vanish beside their sum."""
+    x = torch.full((4096,), 1.0, dtype=torch.bfloat16)
+    tx = fs.microbatch(fs.identity(), 512, chunk_size=chunk_size)
+    equal(tx.update(torch.ones((), dtype=torch.bfloat16), lambda w, x: x.mean(), (), x)[0], x[0])
+
+
 @pytest.mark.parametrize("name", ["batch norm", "batch norm 2d", "averages", "tied and shared", "group norm"])
 def test_vmap_over_slices_of_a_module_is_a_loop(name):
     """Buffers are shared by the slices, and each writes to a copy of its own."""

@@ -44,6 +44,22 @@ def test_a_probing_group_moves_alone(drawn, rho):
     close(flat(call(tx, problem)[0]), wanted, rtol=1e-7)
 
 
+def test_leaves_that_stay_do_not_hide_those_that_move():
+    """A perturbation that is zero on one leaf of a group is a perturbation all the same."""
+    params = {"a": torch.tensor(1.0), "b": torch.tensor(1.0), "c": torch.tensor(1.0)}
+
+    def cube(params, batch):
+        return sum(w**3 for w in params.values()) * batch
+
+    def update(params, grads_fn, state, *batch):
+        grads, aux = grads_fn({**params, "b": params["b"] + 0.5}, *batch)
+        return grads, state, aux
+
+    tx = fs.masked(fs.Transform(lambda params: (), update), {"a": True, "b": True, "c": False})
+    updates = tx.update(params, fs.grad_and_value(cube), tx.init(params), torch.tensor(2.0))[0]
+    equal(updates, {"a": torch.tensor(6.0), "b": torch.tensor(13.5), "c": torch.tensor(6.0)})
+
+
 @given(drawn=grouped())
 def test_evaluations_of_groups(drawn):
     """One at the params, and one more for each group that probes and has leaves; what is perturbed is its own."""

@@ -96,6 +96,43 @@ def test_float32_and_bfloat16_side_by_side():
     close(updates, {"w": torch.tensor([0.6], dtype=torch.bfloat16), "b": torch.tensor([0.8])})
 
 
+LARGE, SMALL = 2.0**-100, 2.0**100  # their squares are out of the range of float32
+MIXED = [
+    ((torch.float32, torch.float64), (3.0, 4 * SMALL), 4 * SMALL),
+    ((torch.float64, torch.float32), (4 * SMALL, 3.0), 4 * SMALL),
+    ((torch.bfloat16, torch.float64), (0.0, 3 * LARGE), 3 * LARGE),
+    ((torch.float64, torch.float16), (3 * LARGE, 0.0), 3 * LARGE),
+    ((torch.bfloat16, torch.float32), (3.0, 4.0), 5.0),
+    ((torch.float32, torch.bfloat16), (4.0, 3.0), 5.0),
+    ((torch.float16, torch.bfloat16), (4.0, 3.0), 5.0),
+    ((torch.complex64, torch.float64), (3.0, 4 * SMALL), 4 * SMALL),
+    ((torch.float32, torch.complex128), (3.0, 4 * SMALL), 4 * SMALL),
+]
+
+
+@pytest.mark.parametrize(("types", "values", "wanted"), MIXED, ids=lambda x: str(x) if isinstance(x, tuple) else "")
+def test_a_norm_of_mixed_types_has_the_widest(types, values, wanted):
+    """Float32 at least, whichever leaf comes first: what only float64 holds is not lost, nor is the last digit."""
+    leaves = [torch.full((1,), value, dtype=dtype) for dtype, value in zip(types, values, strict=True)]
+    wide = torch.float64 if {torch.float64, torch.complex128} & set(types) else torch.float32
+    for found in (tree.norm(leaves), torch.vmap(lambda *leaves: tree.norm(leaves))(*(x[None] for x in leaves))[0]):
+        assert found.dtype is wide
+        assert found == wanted
+    third = [torch.full((1,), 1 / 3, dtype=dtype) for dtype in types]
+    exact = torch.stack([x.abs().double().square().sum() for x in third]).sum().sqrt()
+    close(tree.norm(third).double(), exact, rtol=1e-15 if wide is torch.float64 else 1e-7)
+    close(tree.norm([x.expand(700) for x in third]).double(), 700**0.5 * exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize("types", [types for types, *_ in MIXED], ids=str)
+def test_scalars_are_computed_in_the_widest_type(types):
+    """Float32 at least, whichever leaf comes first."""
+    wide = torch.float64 if {torch.float64, torch.complex128} & set(types) else torch.float32
+    leaves = [torch.ones(1, dtype=dtype) for dtype in types]
+    assert tree.real_dtype(leaves) is tree.real_dtype(leaves[::-1]) is wide
+    assert tree.real_dtype([]) is torch.float32
+
+
 def _complex(problem):
     """The same entries as complex numbers, and the loss of their real and imaginary parts."""
     pairs = optree.tree_map(lambda w: torch.stack([w, w + 0.5], dim=-1), problem.params)
