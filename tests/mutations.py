@@ -146,13 +146,6 @@ MUTATIONS = [
     ),
     Mutation("chain drops new states", "transform.py", "((*states, new), aux)", "((*states, state), aux)", ORDERS),
     Mutation(
-        "params that require grad grow a graph",
-        "transform.py",
-        "self._update(tree.detached(params),",
-        "self._update(params,",
-        (*laws("contract", "no_graph_from_nothing"), "tests/test_gradients.py"),
-    ),
-    Mutation(
         "norm per leaf",
         "scaling.py",
         "return tree.scale(tree.reciprocal(tree.norm(grads)), grads), state",
@@ -372,7 +365,7 @@ MUTATIONS += [
     Mutation(
         "batch normalisation is differentiated through vmap",
         "nn.py",
-        "if levels.differentiates_vmap() else",
+        "if levels.differentiates_vmap(params.values()) else",
         "if False else",
         HYPER,
     ),
@@ -738,13 +731,6 @@ MUTATIONS += [
     ),
     Mutation("biases move with the filters", "landscape.py", "if weight.ndim < 2:", "if weight.ndim < 1:", PLANE),
     Mutation(
-        "norms of filters are taken in half precision",
-        "landscape.py",
-        "wide = torch.float32 if",
-        "wide = None if",
-        PLANE,
-    ),
-    Mutation(
         "numbers are those of float32",
         "landscape.py",
         "given, dtype), dtype=dtype,",
@@ -774,7 +760,6 @@ MUTATIONS += [
         "tree.add(start, tree.scale(t, tree.map(torch.sub, end, start)))",
         PLANE,
     ),
-    Mutation("a graph grows with every point", "landscape.py", "with torch.no_grad():", "if True:", PLANE),
     Mutation("progress counts batches", "landscape.py", "progress(len(part[0]))", "progress(1)", PLANE),
     Mutation("statistics of the batch fade in", "studies/survey.py", "= True, 1.0", "= True, 0.1", PICTURES),
     Mutation(
@@ -828,7 +813,6 @@ MUTATIONS += [
     Mutation(
         "half of the signs are 0", "measures/support.py", "2 * torch.randint(0, 2,", "torch.randint(0, 3,", MEASURES
     ),
-    Mutation("measures grow a graph", "measures/support.py", "torch.no_grad() if", "nullcontext() if", MEASURES),
     Mutation("the level counts, not the rise", "measures/average.py", "*batch) - start", "*batch)", MEASURES),
     Mutation("largest in size", "measures/spectra.py", 'which="LA"', 'which="LM"', MEASURES),
     Mutation("small spectra ascend", "measures/spectra.py", "values[-k:].flip(0)", "values[-k:]", MEASURES),
@@ -1323,13 +1307,6 @@ MUTATIONS += [
         "gradients stay sparse in func if some are dense", "gradients.py", "if any(g.layout", "if all(g.layout", SPARSE
     ),
     Mutation(
-        "gradients stay sparse in autograd",
-        "gradients.py",
-        "tuple(map(_dense, torch.autograd.grad(target, leaves, materialize_grads=True)))",
-        "torch.autograd.grad(target, leaves, materialize_grads=True)",
-        SPARSE,
-    ),
-    Mutation(
         "gradients of a caller stay sparse",
         "transform.py",
         "g if g.layout is torch.strided else g.to_dense() for g in grads",
@@ -1765,6 +1742,211 @@ MUTATIONS += [
     ),
     Mutation(
         "momentum stays below 1", "optimizers.py", 'checks.share("sgd"', 'checks.fraction("sgd"', ("tests/parity",)
+    ),
+]
+
+
+DERIVATIVES = ("tests/test_derivatives.py",)
+MODES = ("tests/test_modes.py",)
+
+
+def cells(*whats: str) -> tuple[str, ...]:
+    """Returns rows of the table of derivatives."""
+    return tuple(f"tests/test_derivatives.py::test_each_cell_of_the_table[{what}]" for what in whats)
+
+
+MUTATIONS += [
+    Mutation(
+        "params that require grad grow a graph",
+        "tree.py",
+        "if not any(found) or levels.differentiating():",
+        "if True:",
+        (*laws("contract", "no_graph_from_nothing"), "tests/test_gradients.py"),
+    ),
+    Mutation(
+        "params that are no leaves are values", "tree.py", "else x.is_leaf)", "else True)", cells("initial params")
+    ),
+    Mutation(
+        "a step in a loss takes leaves as values",
+        "levels.py",
+        'if _frame.get() == "loss" or forward_ad',
+        "if forward_ad",
+        DERIVATIVES,
+    ),
+    Mutation(
+        "duals are eager",
+        "levels.py",
+        " is None and forward_ad._current_level < 0",
+        " is None",
+        cells("initial params"),
+    ),
+    Mutation(
+        "autograd.functional gets zeros",
+        "tree.py",
+        "levels.refuse_functional(where)",
+        "pass",
+        node("derivatives", "autograd_functional_is_refused_where_it_would_be_zero"),
+    ),
+    Mutation(
+        "what a loss captures is not looked for",
+        "gradients.py",
+        "if looking and target.requires_grad and",
+        "if False and",
+        cells("a number in the loss"),
+    ),
+    Mutation(
+        "a batch made before is not looked for",
+        "gradients.py",
+        "            found = True  # made before",
+        "            pass",
+        node("derivatives", "batches_that_require_grad"),
+    ),
+    Mutation(
+        "captured parameters are differentiated in a step",
+        "gradients.py",
+        "return found or not stepping",
+        "return True",
+        node("derivatives", "parameters_that_the_loss_captures_are_values"),
+    ),
+    Mutation(
+        "captured parameters are values everywhere",
+        "gradients.py",
+        "return found or not stepping",
+        "return found",
+        node("derivatives", "outside_of_a_step_parameters_are_differentiated"),
+    ),
+    Mutation(
+        "some evaluations differentiate a captured parameter",
+        "gradients.py",
+        "if stepping and found:",
+        "if False:",
+        node("derivatives", "a_differentiated_step_with_such_values_is_refused"),
+    ),
+    Mutation(
+        "func keeps the graph of captured parameters",
+        "gradients.py",
+        "answer: tuple[P, Tensor, Any] = settled((grads, loss, aux), params, since)",
+        "answer = grads, loss, aux",
+        node("derivatives", "parameters_that_the_loss_captures_are_values"),
+    ),
+    Mutation(
+        "params are not told from what the loss captures",
+        "gradients.py",
+        "leaf.view_as(leaf) if graph",
+        "leaf if graph",
+        node("derivatives", "params_used_a_second_time_by_the_loss"),
+    ),
+    Mutation(
+        "gradients are not differentiated",
+        "gradients.py",
+        "create_graph=differentiable",
+        "create_graph=False",
+        cells("rho"),
+    ),
+    Mutation(
+        "the loss of a differentiated step is a value",
+        "gradients.py",
+        "if not differentiable:",
+        "if True:",
+        cells("a step's own loss"),
+    ),
+    Mutation(
+        "a foreach kernel multiplies by what is differentiated",
+        "tree.py",
+        "and not factor.requires_grad",
+        "and True",
+        cells("lr"),
+    ),
+    Mutation(
+        "the derivative of a root at zero is infinite",
+        "tree.py",
+        "None if tracked else torch._foreach_sqrt",
+        "torch._foreach_sqrt",
+        node("derivatives", "a_gradient_of_zero_has_a_derivative"),
+    ),
+    Mutation(
+        "batch normalisation is differentiated through vmap by backward",
+        "levels.py",
+        "or any(raw(leaf).requires_grad for leaf in leaves)",
+        "",
+        HYPER,
+    ),
+    Mutation(
+        "linearize draws anew",
+        "levels.py",
+        "return disable_proxy_modes_tracing()",
+        "return nullcontext()",
+        cells("average-case sharpness"),
+    ),
+    Mutation(
+        "a landscape is a graph of captured parameters",
+        "landscape.py",
+        "found.append(settled(losses, (), since))",
+        "found.append(losses)",
+        node("derivatives", "a_landscape_takes_leaves_as_values"),
+    ),
+    Mutation(
+        "eigenvalues have no derivative",
+        "measures/spectra.py",
+        "if any(tracked):",
+        "if False:",
+        cells("eigenvalues of the Hessian"),
+    ),
+    Mutation(
+        "inference mode is plain",
+        "gradients.py",
+        "levels.eager() and not _inference(params)",
+        "levels.eager()",
+        MODES,
+    ),
+    Mutation(
+        "inference tensors are plain",
+        "gradients.py",
+        " or any(leaf.is_inference() for leaf in tree.flatten(params)[0])",
+        "",
+        node("modes", "inference_tensors_outside_of_their_mode"),
+    ),
+    Mutation(
+        "parametrised weights are those of other params",
+        "levels.py",
+        "parametrize._cache_enabled, parametrize._cache = 0, {}",
+        "pass",
+        MODES,
+    ),
+    Mutation(
+        "casts without grad mode are taken",
+        "levels.py",
+        "_fresh() -> Iterator[None]:\n    torch.clear_autocast_cache()",
+        "_fresh() -> Iterator[None]:",
+        node("modes", "casts_of_other_evaluations"),
+    ),
+    Mutation(
+        "casts pile up",
+        "levels.py",
+        "        yield\n    torch.clear_autocast_cache()",
+        "        yield",
+        node("modes", "casts_do_not_pile_up"),
+    ),
+    Mutation(
+        "measures of half precision compute in it",
+        "measures/support.py",
+        "wide = tree.widened(given)",
+        "wide = given",
+        node("measures", "arithmetic_in_half_precision_is_that_of_float32"),
+    ),
+    Mutation(
+        "a scaled loss takes any backend",
+        "gradients.py",
+        "return GradAndValue(self.loss_fn, self.has_aux, self.backend, factor)",
+        'return GradAndValue(self.loss_fn, self.has_aux, "auto", factor)',
+        node("gradients", "a_scaled_loss_keeps_its_backend"),
+    ),
+    Mutation(
+        "gradients stay sparse in autograd",
+        "gradients.py",
+        "tuple(map(_dense, found))",
+        "found",
+        ("tests/test_gradients.py",),
     ),
 ]
 

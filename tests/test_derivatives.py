@@ -469,3 +469,24 @@ def test_numbers_are_learned_in_chunks_of_any_size(backend, chunk_size):
             learned(chunk_size, backend)
     else:
         close(learned(chunk_size, backend), learned(None), rtol=1e-7)
+
+
+def test_batches_that_require_grad():
+    """Also inside of a dict, and made before the step."""
+    scale = tracked(0.7)
+    grads_fn = fs.grad_and_value(lambda w, batch: quartic(w * batch["x"]))
+    tx = sam()
+    new, _, _ = tx.step(W, grads_fn, tx.init(W), {"x": W * scale})
+    (found,) = torch.autograd.grad(query(new), scale)
+    plain = fs.grad_and_value(lambda w, batch: quartic(w * batch["x"]))
+    wanted = quotients(lambda s: query(tx.step(W, plain, tx.init(W), {"x": W * s})[0]), tensor(0.7))
+    close(found, wanted, rtol=1e-6)
+
+
+def test_a_gradient_of_zero_has_a_derivative():
+    """At a point where nothing moves every derivative is finite, in plain autograd too."""
+    for tx in (sam(), fs.adam(0.1), fs.chain(fs.asam(0.1), fs.adamw(0.1, amsgrad=True))):
+        w = tracked(0.0, 0.0)
+        new, _ = steps(tx, w * 1.0, lambda w: (w**2).sum())
+        (found,) = torch.autograd.grad(new.sum(), w)
+        assert found.isfinite().all()
