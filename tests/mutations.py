@@ -1813,7 +1813,7 @@ MUTATIONS += [
         "gradients.py",
         "return found or not stepping",
         "return found",
-        node("derivatives", "outside_of_a_step_parameters_are_differentiated"),
+        node("derivatives", "a_tensor_that_starts_to_require_grad"),
     ),
     Mutation(
         "some evaluations differentiate a captured parameter",
@@ -1914,7 +1914,7 @@ MUTATIONS += [
         MODES,
     ),
     Mutation(
-        "casts without grad mode are taken",
+        "casts of older weights are taken",
         "levels.py",
         "_fresh() -> Iterator[None]:\n    torch.clear_autocast_cache()",
         "_fresh() -> Iterator[None]:",

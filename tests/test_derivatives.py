@@ -295,7 +295,8 @@ def test_params_used_a_second_time_by_the_loss():
     """A loss may hold on to the first params: gradients are those by its argument alone."""
 
     def near(w):
-        return query(steps(sam(), w * 1.0, lambda v: quartic(v) + ((v - w) ** 2).sum())[0])
+        start = w * 1.0
+        return query(steps(sam(), start, lambda v: quartic(v) + ((v - start) ** 2).sum())[0])
 
     wanted = quotients(near, W)
     for way in ("func.grad", "backward", "`grad_and_value`"):

@@ -199,22 +199,17 @@ def test_each_cell_of_the_table(entry):
 
 
 def test_casts_of_other_evaluations():
-    """Autocast keeps the cast that a weight got without grad mode: its derivative would be zero, without a word."""
+    """Autocast keeps the cast of a weight, also when the weight is then changed in place."""
     weight = torch.full((2, 2), 0.5, requires_grad=True)
 
     def loss_fn(w):
         return F.linear(w, weight).float().square().sum()
 
-    def outcome():
-        with torch.no_grad():
-            loss_fn(torch.ones(2))
-        tx = fs.chain(fs.sam(0.1), fs.sgd(0.1))
-        return tx.step(torch.ones(2), fs.grad_and_value(loss_fn), tx.init(torch.ones(2)))[0].sum()
-
-    (wanted,) = torch.autograd.grad(outcome(), weight)
     with torch.autocast("cpu", torch.bfloat16):
-        (found,) = torch.autograd.grad(outcome(), weight)
-    assert ((found - wanted).abs() < 0.02 * wanted.abs()).all()
+        loss_fn(torch.ones(2))
+        with torch.no_grad():
+            weight.mul_(2)
+        equal(fs.grad_and_value(loss_fn)(torch.ones(2))[1].detach(), torch.tensor(8.0))
 
 
 def test_casts_do_not_pile_up():
