@@ -132,23 +132,21 @@ class _Layout:
                         self.places[names[id(tensor)]].append(_Place(f"{prefix}.{key}", store, key))
 
 
-_STORES = operator.attrgetter("_modules", "_parameters", "_buffers")
+_STORES = operator.itemgetter("_modules", "_parameters", "_buffers")
 
 
 class _Contents:
-    """What the modules of a model hold: tells at little cost whether anything was replaced, added or removed."""
+    """What the modules of a model hold: tells, for a small part of a forward pass, whether any of it was changed."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
+        # A scripted module keeps nothing in dicts, and stays as it is.
+        self.modules = [vars(each) for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)]
         self.sizes, self.keys, self.values = self._read()
 
     def _read(self) -> tuple[list[int], list[str], list[Any]]:
         stores = list(chain.from_iterable(map(_STORES, self.modules)))
-        return (
-            list(map(len, stores)),
-            list(chain.from_iterable(map(operator.methodcaller("keys"), stores))),
-            list(chain.from_iterable(map(operator.methodcaller("values"), stores))),
-        )
+        values = chain.from_iterable(map(dict.values, stores))
+        return list(map(len, stores)), list(chain.from_iterable(stores)), list(values)
 
     def changed(self) -> bool:
         sizes, keys, values = self._read()
@@ -336,7 +334,8 @@ def _members(layout: _Layout, what: str, name: str, tensor: Tensor) -> None:
     if tensor.shape[1:] == own.shape:
         raise ValueError(
             f"loss_fn: `{what}` must have the shapes of the module, got {tuple(tensor.shape)} for {tuple(own.shape)} at "
-            f"{name}. What has one entry per member, as buffers that the members write to, needs `in_dims` 0."
+            f"{name}. If these are those of all members of an ensemble, which buffers that are written to become, give "
+            "them `in_dims` 0; if the module has changed, `split` it again."
         )
 
 
