@@ -144,7 +144,8 @@ def vectorize(
         hyper: Hyperparameters that differ between the members, stacked: `{"rho": torch.tensor([0.05, 0.1])}` for
             `lambda rho: chain(sam(rho), sgd(0.1))`. A sweep is one run.
         in_dims: The axis of the members for each argument of the batch, as in `torch.vmap`: 0 for buffers and for
-            batches of their own, `None` for a batch that they share.
+            batches of their own, `None` for a batch that they share. A shared tensor that comes back in `aux` as it
+            was given (a frozen base) stays one tensor; shared buffers that are written to come back one per member.
         chunk_size: How many members are computed at once; `None` takes all. Fewer take less memory for activations; 1
             takes them in a plain loop, for modules that `vmap` cannot batch and for activation checkpointing.
         randomness: Whether members draw different random numbers (dropout masks), the same, or none.
@@ -296,6 +297,14 @@ def predict(
         *inputs: What the module is called with.
         in_dims: The axis of the members for each input, as in `torch.vmap`; `None` for inputs that they share.
         chunk_size: How many members are computed at once; `None` takes all, 1 takes them in a plain loop.
+
+    Returns:
+        The output of the module with an axis for the members in front of every tensor, in the same tuples, lists,
+        dicts, dataclasses and containers known to `torch.utils._pytree`; `None` stays `None`.
+
+    Raises:
+        TypeError: If the module returns anything else.
+        ValueError: If the numbers of members differ.
     """
     size((params, buffers), "predict", "params")
     if chunk_size is not None:

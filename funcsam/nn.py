@@ -16,7 +16,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,8 @@ def split(model: nn.Module) -> tuple[Named, Named]:
     """Splits a module into what is trained and what is not, by name.
 
     A tensor that has several names (tied weights, shared submodules) is listed under the first. The trees are copies:
-    the module does not see what becomes of them.
+    the module does not see what becomes of them. To train LoRA factors, freeze the base (`base.requires_grad_(False)`)
+    before: the factors are then the params, and the base lies in the buffers, which a step does not copy.
 
     Args:
         model: Any module; parameters count as trained where they require grad.
@@ -291,9 +292,9 @@ class ModuleLoss:
 
 
 _INSIDE = (
-    "loss_fn: activation checkpointing must be differentiated by `grad_and_value(loss_fn, has_aux=True)`, got a backward "
-    "pass that starts when the tensors have left the module. Give `loss_fn` itself to `grad_and_value`, not a function "
-    "that calls it."
+    "loss_fn: activation checkpointing must be differentiated by `grad_and_value(loss_fn, has_aux=True)`, "
+    "got a backward pass that starts when the tensors have left the module. "
+    "Give `loss_fn` itself to `grad_and_value`, not a function that calls it."
 )
 _DIFFERENTIATED = (
     "loss_fn: activation checkpointing must not be differentiated twice, got a backward pass that is differentiated. "
@@ -333,9 +334,10 @@ def _members(layout: _Layout, what: str, name: str, tensor: Tensor) -> None:
     own = place.store[place.key]
     if tensor.shape[1:] == own.shape:
         raise ValueError(
-            f"loss_fn: `{what}` must have the shapes of the module, got {tuple(tensor.shape)} for {tuple(own.shape)} at "
-            f"{name}. If these are those of all members of an ensemble, which buffers that are written to become, give "
-            "them `in_dims` 0; if the module has changed, `split` it again."
+            f"loss_fn: `{what}` must have the shapes of the module, "
+            f"got {tuple(tensor.shape)} for {tuple(own.shape)} at {name}. If these are those of all members of an "
+            "ensemble, which shared buffers that are written to become, give them `in_dims` 0; "
+            "if the module has changed, `split` it again."
         )
 
 
@@ -360,11 +362,10 @@ def _copy(x: Tensor) -> Tensor:
     own, batched = _innermost(x)
     if batched:  # the rule of `vmap` for lazy copies is a loop
         return _marked(x.clone())
-    if own.device.type == "cpu" and type(own) in (Tensor, nn.Parameter) and own.layout is torch.strided:
-        # The first write copies the whole storage, too much for a part of it.
-        if own.untyped_storage().nbytes() == own.nbytes:
-            with contextlib.suppress(RuntimeError):  # the storage belongs to NumPy or another process
-                return torch._lazy_clone(x)
+    plain = own.device.type == "cpu" and type(own) in (Tensor, nn.Parameter) and own.layout is torch.strided
+    if plain and own.untyped_storage().nbytes() == own.nbytes:  # the first write copies the whole storage
+        with contextlib.suppress(RuntimeError):  # the storage belongs to NumPy or another process
+            return torch._lazy_clone(x)
     return x.clone()
 
 
@@ -386,10 +387,10 @@ def _innermost(x: Tensor) -> tuple[Tensor, bool]:
 
 def _unwritten(x: Tensor) -> Any:
     """Returns what stays the same while a copy is not written to, also through `.data`; `None` if that is not known."""
-    own, _ = _innermost(x)
-    if own.device.type != "cpu" or not torch._C._is_cow_tensor(own):
+    own, torch_c = _innermost(x)[0], cast(Any, torch._C)
+    if own.device.type != "cpu" or not torch_c._is_cow_tensor(own):
         return None
-    return torch._C._data_address(own), own.shape, own.stride()
+    return torch_c._data_address(own), own.shape, own.stride()
 
 
 def _always(params: Named, buffers: Named, batch: tuple[Any, ...]) -> Tensor:
@@ -407,14 +408,20 @@ def loss_fn(model: nn.Module, loss: Loss, has_aux: bool = False) -> ModuleLoss:
     """Makes the loss of a module a pure function, `loss_fn(params, buffers, *batch) -> (loss, buffers)`.
 
     Nothing in the module changes: it is evaluated with the given tensors in the place of its own, and what it writes to
-    its buffers (running statistics of any kind) goes to copies that are returned. It is evaluated in the mode it is in,
-    `model.train()` or `model.eval()`. What is in neither tree is taken from the module itself, and not trained: a large
-    frozen part that should not be copied at every evaluation can be left out of `buffers`.
+    its buffers (running statistics of any kind) goes to copies that are returned. What it does not write to is returned
+    as it was given, the same tensor. On devices other than the CPU and under `torch.compile` all of `buffers` is copied
+    at every evaluation. What is in neither tree is taken from the module itself as a value, and not trained: a large
+    frozen part that should not be copied there can be left out of `buffers`.
+
+    The module is evaluated as it is at the call, with parts that were replaced since, and in the mode it is in,
+    `model.train()` or `model.eval()`. Weights that are parametrised are computed anew, also within
+    `parametrize.cached()`.
 
     Args:
         model: The module. One on the device `meta` will do if both trees are complete.
         loss: `loss(model, *batch)` returns the loss, e.g. `lambda model, x, y: F.cross_entropy(model(x), y)`. Autocast
-            and activation checkpointing go in here.
+            and activation checkpointing go in here; with checkpointing the function that is returned must itself be
+            given to `grad_and_value`.
         has_aux: Whether `loss` returns `(loss, aux)`; the function then returns `(loss, (buffers, aux))`.
 
     Returns:
@@ -422,7 +429,9 @@ def loss_fn(model: nn.Module, loss: Loss, has_aux: bool = False) -> ModuleLoss:
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the module is not initialised yet; on a call, if a name is unknown or a buffer is missing.
+        ValueError: If the module is not initialised yet; on a call, if a name is unknown or in both trees, a buffer is
+            missing, or a tensor has an axis for the members of an ensemble.
+        RuntimeError: On a call, if activation checkpointing would run parts again without the given tensors.
 
     >>> model = nn.BatchNorm1d(1)
     >>> params, buffers = split(model)
@@ -444,7 +453,7 @@ def predict(model: nn.Module, params: Named, buffers: Named, *inputs: Any) -> An
     Args:
         model: The module.
         params: Tensors by name, as in `split`.
-        buffers: Likewise.
+        buffers: Tensors by name, as in `split`.
         *inputs: What the module is called with.
 
     >>> predict(nn.Linear(1, 1, bias=False), {"weight": torch.tensor([[2.0]])}, {}, torch.tensor([3.0]))
