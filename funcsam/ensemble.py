@@ -260,7 +260,7 @@ def _shared(batch: tuple[Any, ...], dims: tuple[Any, ...]) -> dict[Any, Tensor]:
 
 def _address(x: Any) -> Any:
     """Returns what two tensors have in common if they are views of the same memory, such as `x` and `x.detach()`."""
-    wrapped = type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    wrapped = type(x) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x)
     if wrapped or x.layout is not torch.strided:
         return id(x)
     place = x.untyped_storage()._cdata, x.storage_offset()

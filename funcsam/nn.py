@@ -353,27 +353,38 @@ def _copies(layout: _Layout, params: Named, buffers: Named, batch: tuple[Any, ..
 
 
 def _copy(x: Tensor) -> Tensor:
-    """Returns a copy that takes no memory until it is written to, where that is safe.
-
-    It is on CPUs. Kernels elsewhere (`_foreach` ones on CUDA) write through pointers that they got for reading.
-    """
+    """Returns a copy that takes no memory until it is written to, where that is safe."""
     if torch.compiler.is_compiling():
         return x.clone()
     own, batched = _innermost(x)
     if batched:  # the rule of `vmap` for lazy copies is a loop
         return _marked(x.clone())
-    plain = own.device.type == "cpu" and type(own) in (Tensor, nn.Parameter) and own.layout is torch.strided
-    if plain and own.untyped_storage().nbytes() == own.nbytes:  # the first write copies the whole storage
-        with contextlib.suppress(RuntimeError):  # the storage belongs to NumPy or another process
-            return torch._lazy_clone(x)
-    return x.clone()
+    lazy = _lazy(x, own)
+    return x.clone() if lazy is None else lazy
 
 
 def _marked(x: Tensor) -> Tensor:
     """Returns a tensor whose first write will show, as it does for what `_copy` returns."""
     if not torch.compiler.is_compiling():
-        _copy(_innermost(x)[0])
+        own = _innermost(x)[0]
+        _lazy(own, own)
     return x
+
+
+def _lazy(x: Tensor, own: Tensor) -> Tensor | None:
+    """Returns a copy that takes memory with the first write, or `None` where that is not safe.
+
+    Args:
+        x: A tensor that `vmap` does not batch.
+        own: The tensor inside all `torch.func` levels.
+    """
+    # Only on CPUs: kernels elsewhere (`_foreach` ones on CUDA) write through pointers that they got for reading. Only
+    # all of the memory: the first write copies it all.
+    plain = own.device.type == "cpu" and type(own) in (Tensor, nn.Parameter) and own.layout is torch.strided
+    if plain and own.untyped_storage().nbytes() == own.nbytes:
+        with contextlib.suppress(RuntimeError):  # the memory belongs to NumPy or another process
+            return torch._lazy_clone(x)
+    return None
 
 
 def _innermost(x: Tensor) -> tuple[Tensor, bool]:

@@ -217,8 +217,8 @@ MUTATIONS += [
     Mutation(
         "what is written to in memory of NumPy goes there",
         "nn.py",
-        "    return x.clone()\n\n\ndef _m",
-        "    return x\n\n\ndef _m",
+        "return x.clone() if lazy",
+        "return x if lazy",
         NN,
     ),
     Mutation("what is not written is copied", "nn.py", "return torch._lazy_clone(x)", "return x.clone()", NN),
