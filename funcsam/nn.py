@@ -16,7 +16,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from funcsam import checks, levels, tree
+
+_C: Any = torch._C
 
 M = TypeVar("M", bound=nn.Module)
 Named = dict[str, Tensor]
@@ -244,9 +246,10 @@ class ModuleLoss:
                     place.store[place.key] = value
 
         def evaluate(params: Named, buffers: Named, *batch: Any) -> tuple[Tensor, Any]:
+            eager = levels.eager()
             _check(layout, params, buffers)
             copies = _copies(layout, params, buffers, batch)
-            marks = {name: _unwritten(copy) for name, copy in copies.items()}
+            marks = {} if eager else {name: _mark(copy) for name, copy in copies.items()}
             put(params)
             put(copies)
             if len(params) + len(copies) < len(layout.places):
@@ -263,7 +266,8 @@ class ModuleLoss:
             for name, copy in copies.items():
                 first = layout.places[name][0]
                 value = first.store[first.key]
-                same = value is copy and marks[name] is not None and marks[name] == _unwritten(copy)
+                own = copy if eager else _innermost(copy)[0]
+                same = value is copy and _is_lazy(own) and _mark(copy) == (marks.get(name) or _mark(buffers[name]))
                 after[name] = buffers[name] if same else value
             if again:
                 put({name: _copy(buffers[name]) for name, value in after.items() if value is not buffers[name]})
@@ -343,6 +347,9 @@ def _members(layout: _Layout, what: str, name: str, tensor: Tensor) -> None:
 
 def _copies(layout: _Layout, params: Named, buffers: Named, batch: tuple[Any, ...]) -> Named:
     """Returns copies of the buffers and frozen parameters, which the module may write to."""
+    if levels.eager():
+        lazy = {name: _lazy(buffer, buffer) for name, buffer in buffers.items()}
+        return {name: buffers[name].clone() if copy is None else copy for name, copy in lazy.items()}
     if not layout.buffers or not levels.vectorizing():
         return {name: _copy(buffer) for name, buffer in buffers.items()}
     always = _always(params, buffers, batch)
@@ -356,7 +363,7 @@ def _copy(x: Tensor) -> Tensor:
     """Returns a copy that takes no memory until it is written to, where that is safe."""
     if torch.compiler.is_compiling():
         return x.clone()
-    own, batched = _innermost(x)
+    own, batched = (x, False) if levels.eager() else _innermost(x)
     if batched:  # the rule of `vmap` for lazy copies is a loop
         return _marked(x.clone())
     lazy = _lazy(x, own)
@@ -380,10 +387,11 @@ def _lazy(x: Tensor, own: Tensor) -> Tensor | None:
     """
     # Only on CPUs: kernels elsewhere (`_foreach` ones on CUDA) write through pointers that they got for reading. Only
     # all of the memory: the first write copies it all.
-    plain = own.device.type == "cpu" and type(own) in (Tensor, nn.Parameter) and own.layout is torch.strided
-    if plain and own.untyped_storage().nbytes() == own.nbytes:
-        with contextlib.suppress(RuntimeError):  # the memory belongs to NumPy or another process
+    try:
+        if own.is_cpu and type(own) in (Tensor, nn.Parameter) and own.untyped_storage().nbytes() == own.nbytes:
             return torch._lazy_clone(x)
+    except RuntimeError:  # the memory belongs to NumPy or another process, or it is not one piece (sparse)
+        pass
     return None
 
 
@@ -396,12 +404,15 @@ def _innermost(x: Tensor) -> tuple[Tensor, bool]:
     return x, batched
 
 
-def _unwritten(x: Tensor) -> Any:
-    """Returns what stays the same while a copy is not written to, also through `.data`; `None` if that is not known."""
-    own, torch_c = _innermost(x)[0], cast(Any, torch._C)
-    if own.device.type != "cpu" or not torch_c._is_cow_tensor(own):
-        return None
-    return torch_c._data_address(own), own.shape, own.stride()
+def _is_lazy(x: Tensor) -> bool:
+    """Tells whether a copy has not been written to, also through `.data`; if not, that is not known."""
+    return x.is_cpu and _C._is_cow_tensor(x)
+
+
+def _mark(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]] | None:
+    """Returns what may change without a write: where the memory is and how it is laid out."""
+    own, _ = _innermost(x)
+    return (_C._data_address(own), own.shape, own.stride()) if _is_lazy(own) else None
 
 
 def _always(params: Named, buffers: Named, batch: tuple[Any, ...]) -> Tensor:

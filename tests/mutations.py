@@ -217,13 +217,13 @@ MUTATIONS += [
     Mutation(
         "what is written to in memory of NumPy goes there",
         "nn.py",
-        "return x.clone() if lazy",
-        "return x if lazy",
+        "buffers[name].clone() if copy",
+        "buffers[name] if copy",
         NN,
     ),
     Mutation("what is not written is copied", "nn.py", "return torch._lazy_clone(x)", "return x.clone()", NN),
-    Mutation("a new shape does not come back", "nn.py", "own), own.shape, own.stride()", "own),", NN),
-    Mutation("new storage does not come back", "nn.py", "torch_c._data_address(own), own", "own", NN),
+    Mutation("a new shape does not come back", "nn.py", "own), own.shape, own.stride())", "own),)", NN),
+    Mutation("new storage does not come back", "nn.py", "_C._data_address(own), own", "own", NN),
     Mutation(
         "spread buffers come back stacked",
         "nn.py",
