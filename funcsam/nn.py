@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from funcsam import checks, levels, tree
 
 _C: Any = torch._C
+_NOTHING = contextlib.nullcontext()
 
 M = TypeVar("M", bound=nn.Module)
 Named = dict[str, Tensor]
@@ -258,8 +259,8 @@ class ModuleLoss:
             late = _DIFFERENTIATED if differentiated else None if again else _INSIDE
             refuse = late and _hooks_would_differ(params, buffers, batch)
             with (
-                _NoBatchNorm() if levels.differentiates_vmap() else contextlib.nullcontext(),
-                _no_hooks(late) if late and refuse else contextlib.nullcontext(),
+                _NoBatchNorm() if not eager and levels.differentiates_vmap() else _NOTHING,
+                _no_hooks(late) if late and refuse else _NOTHING,
             ):
                 answer = self.loss(self.model, *batch)
             after = {}
@@ -269,12 +270,12 @@ class ModuleLoss:
                 own = copy if eager else _innermost(copy)[0]
                 same = value is copy and _is_lazy(own) and _mark(copy) == (marks.get(name) or _mark(buffers[name]))
                 after[name] = buffers[name] if same else value
-            if again:
+            if again and after:
                 put({name: _copy(buffers[name]) for name, value in after.items() if value is not buffers[name]})
             return self._answer(answer, after)
 
         try:
-            with levels.uncached() if parametrize._cache_enabled else contextlib.nullcontext():
+            with levels.uncached() if parametrize._cache_enabled else _NOTHING:
                 yield evaluate
         finally:
             for place, value in reversed(before):

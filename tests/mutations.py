@@ -237,8 +237,8 @@ MUTATIONS += [
     Mutation(
         "the cache of parametrisations is used",
         "nn.py",
-        "with levels.uncached() if parametrize._cache_enabled else contextlib.nullcontext():\n                yield",
-        "with contextlib.nullcontext():\n                yield",
+        "with levels.uncached() if parametrize._cache_enabled else _NOTHING:\n                yield",
+        "with _NOTHING:\n                yield",
         NN,
     ),
     Mutation(
@@ -271,7 +271,7 @@ MUTATIONS += [
     Mutation(
         "checkpointing writes to the buffers twice",
         "nn.py",
-        "            if again:\n                put(",
+        "            if again and after:\n                put(",
         "            if False:\n                put(",
         NN,
     ),
@@ -311,7 +311,7 @@ MUTATIONS += [
     Mutation(
         "batch normalisation is differentiated through vmap",
         "nn.py",
-        "if levels.differentiates_vmap() else",
+        "if not eager and levels.differentiates_vmap() else",
         "if False else",
         HYPER,
     ),
