@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import checks, tree
+from funcsam import checks, levels, tree
 from funcsam.records import factory
 from funcsam.transform import Aux, GradsFn, State, Transform
 
@@ -190,7 +190,8 @@ def _at_once(one: Callable[..., Any], whole: Batch, start: int, count: int, size
 
     moving = [x for x, axis in zip(sliced, axes, strict=True) if axis is not None]
     in_dims = tuple(axis for axis in axes if axis is not None)
-    return _flat_mean(torch.vmap(slices, in_dims=in_dims, randomness="different")(*moving))
+    with levels.batching():
+        return _flat_mean(torch.vmap(slices, in_dims=in_dims, randomness="different")(*moving))
 
 
 @factory

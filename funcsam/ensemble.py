@@ -10,14 +10,17 @@
 but tensors; `fs.nn.load(build(), *fs.ensemble.member((params, buffers), 3))` is one of its members as a plain module.
 """
 
+import copy
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from funcsam import checks, levels, tree
 from funcsam import nn as modules
@@ -143,7 +146,8 @@ def vectorize(
         hyper: Hyperparameters that differ between the members, stacked: `{"rho": torch.tensor([0.05, 0.1])}` for
             `lambda rho: chain(sam(rho), sgd(0.1))`. A sweep is one run.
         in_dims: The axis of the members for each argument of the batch, as in `torch.vmap`: 0 for buffers and for
-            batches of their own, `None` for a batch that they share.
+            batches of their own, `None` for a batch that they share. A shared tensor that comes back in `aux` as it
+            was given (a frozen base) stays one tensor; shared buffers that are written to come back one per member.
         chunk_size: How many members are computed at once; `None` takes all. Fewer take less memory for activations; 1
             takes them in a plain loop, for modules that `vmap` cannot batch and for activation checkpointing.
         randomness: Whether members draw different random numbers (dropout masks), the same, or none.
@@ -202,12 +206,29 @@ def vectorize(
             return transform._update(params, grads_fn, state, *batch)
 
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(batch)
-        given = (numbers, params, state, *batch)
+        given, axes = (numbers, params, state, *batch), (0, 0, 0, *dims)
+        shared = _shared(batch, dims)
         if chunk_size == 1 and randomness != "same":
-            answer: tuple[P, State, Aux] = _looped(one, given, (0, 0, 0, *dims))
-        else:
-            answer = torch.vmap(one, in_dims=(0, 0, 0, *dims), **across)(*given)
-        return answer
+            answers = _looped("vectorize", one, given, axes)
+            updates, new = stack([answer[:2] for answer in answers])
+            return updates, new, _joined([answer[2] for answer in answers], shared)
+        if not shared:
+            with levels.batching():
+                answer: tuple[P, State, Aux] = torch.vmap(one, in_dims=axes, **across)(*given)
+            return answer
+        seen: list[Any] = []
+
+        def apart(*given: Any) -> Any:
+            updates, new, aux = one(*given)
+            leaves, spec = tree.flatten_any(aux)
+            kept = [shared.get(_address(leaf)) for leaf in leaves]
+            seen.append((spec, kept))
+            return updates, new, [leaf for leaf, same in zip(leaves, kept, strict=True) if same is None]
+
+        with levels.batching():
+            updates, new, moving = torch.vmap(apart, in_dims=axes, **across)(*given)
+        spec, kept = seen[0]
+        return updates, new, optree.tree_unflatten(spec, _filled(kept, moving))
 
     return Transform(start, update, object)
 
@@ -222,15 +243,63 @@ def _check_stacked(params: Any, state: State) -> None:
         )
 
 
-def _looped(one: Callable[..., Any], given: tuple[Any, ...], in_dims: tuple[Any, ...]) -> Any:
+def _looped(where: str, one: Callable[..., Any], given: tuple[Any, ...], in_dims: tuple[Any, ...]) -> list[Any]:
     """Does what `vmap` does, one member after the other."""
-    whole = taken_apart("vectorize", given, in_dims)
+    whole = taken_apart(where, given, in_dims)
     pairs = list(zip(whole.leaves, whole.axes, strict=True))
     answers = []
     for k in range(whole.size):
         own = [leaf if axis is None else leaf.select(axis, k) for leaf, axis in pairs]
         answers.append(one(*whole.put(own)))
-    return stack(answers)
+    return answers
+
+
+def _shared(batch: tuple[Any, ...], dims: tuple[Any, ...]) -> dict[Any, Tensor]:
+    """Lists the tensors that the members share; what comes out as it went in stays one tensor.
+
+    None under the compiler, where all that comes out of a module is new.
+    """
+    shared: dict[Any, Tensor] = {}
+    if torch.compiler.is_compiling():
+        return shared
+    for argument, dim in zip(batch, dims, strict=True):
+        if isinstance(dim, int):
+            continue
+        leaves = optree.tree_leaves(argument, is_leaf=tree.empty, none_is_leaf=True)
+        try:
+            axes = optree.broadcast_prefix(dim, argument, is_leaf=tree.empty, none_is_leaf=True)
+        except ValueError as error:
+            raise ValueError(f"vectorize: `in_dims` must fit the batch, got {dims}: {error}") from None
+        pairs = zip(leaves, axes, strict=True)
+        shared |= {_address(leaf): leaf for leaf, axis in pairs if axis is None and isinstance(leaf, Tensor)}
+    return shared
+
+
+def _address(x: Any) -> Any:
+    """Returns what two tensors have in common if they are views of the same memory, such as `x` and `x.detach()`."""
+    wrapped = type(x) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if wrapped or x.layout is not torch.strided:
+        return id(x)
+    place = x.untyped_storage()._cdata, x.storage_offset()
+    return *place, x.shape, x.stride(), x.dtype, x.is_conj(), x.is_neg()
+
+
+def _filled(kept: list[Tensor | None], moving: Sequence[Any]) -> list[Any]:
+    rest = iter(moving)
+    return [next(rest) if same is None else same for same in kept]
+
+
+def _joined(auxes: list[Any], shared: dict[Any, Tensor]) -> Any:
+    """Stacks the `aux` of all members, but for what they share."""
+    if not shared:
+        return stack(auxes)
+    for k, aux in enumerate(auxes):
+        checks.same("vectorize", f"aux of member {k}", aux, auxes[0], "aux of member 0")
+    rows = [tree.flatten(aux)[0] for aux in auxes]
+    found = [{_address(leaf) for leaf in column} for column in zip(*rows, strict=True)]
+    kept = [shared.get(next(iter(each))) if len(each) == 1 else None for each in found]
+    moving = stack([[leaf for leaf, same in zip(row, kept, strict=True) if same is None] for row in rows])
+    return tree.unflatten(tree.flatten(auxes[0])[1], _filled(kept, moving), auxes[0])
 
 
 def predict(
@@ -245,16 +314,68 @@ def predict(
         *inputs: What the module is called with.
         in_dims: The axis of the members for each input, as in `torch.vmap`; `None` for inputs that they share.
         chunk_size: How many members are computed at once; `None` takes all, 1 takes them in a plain loop.
+
+    Returns:
+        The output of the module with an axis for the members in front of every tensor, in the same tuples, lists,
+        dicts, dataclasses and containers known to `torch.utils._pytree`; `None` stays `None`.
+
+    Raises:
+        TypeError: If the module returns anything else.
+        ValueError: If the numbers of members differ.
     """
     size((params, buffers), "predict", "params")
+    if chunk_size is not None:
+        checks.count("predict", chunk_size=chunk_size)
     dims = (0, 0, *(in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(inputs)))
+    seen: list[Callable[[Iterator[Tensor]], Any]] = []
 
-    def one(params: Any, buffers: Any, *inputs: Any) -> Any:
-        return modules.predict(model, params, buffers, *inputs)
+    def one(params: Any, buffers: Any, *inputs: Any) -> list[Tensor]:
+        tensors, put = _outputs(modules.predict(model, params, buffers, *inputs))
+        seen.append(put)
+        return tensors
 
+    given = (params, buffers, *inputs)
     if chunk_size == 1:
-        return _looped(one, (params, buffers, *inputs), dims)
-    return torch.vmap(one, in_dims=dims, chunk_size=chunk_size)(params, buffers, *inputs)
+        tensors = stack(_looped("predict", one, given, dims))
+    else:
+        with levels.batching():
+            tensors = torch.vmap(one, in_dims=dims, chunk_size=chunk_size)(*given)
+    return seen[0](iter(tensors))
+
+
+def _outputs(output: Any) -> tuple[list[Tensor], Callable[[Iterator[Tensor]], Any]]:
+    """Lists the tensors in what a module returns, with a function that puts others in their place.
+
+    Neither `vmap` nor optree knows the outputs of all modules, such as those with `None` in the place of a tensor.
+    """
+    if isinstance(output, Tensor):
+        return [output], next
+    leaves, spec = pytree.tree_flatten(output)
+    if len(leaves) == 1 and leaves[0] is output:
+        return _single(output)
+    parts = [_outputs(leaf) for leaf in leaves]
+    return [x for tensors, _ in parts for x in tensors], lambda rest: pytree.tree_unflatten(
+        [put(rest) for _, put in parts], spec
+    )
+
+
+def _single(output: Any) -> tuple[list[Tensor], Callable[[Iterator[Tensor]], Any]]:
+    if output is None:
+        return [], lambda rest: None
+    if not dataclasses.is_dataclass(output):
+        raise TypeError(
+            "predict: `model` must return tensors, alone or in tuples, lists, dicts and dataclasses, "
+            f"got {type(output).__name__}."
+        )
+    tensors, put = _outputs({field.name: getattr(output, field.name) for field in dataclasses.fields(output)})
+
+    def filled(rest: Iterator[Tensor]) -> Any:
+        new = copy.copy(output)
+        for name, value in put(rest).items():
+            object.__setattr__(new, name, value)  # which a frozen dataclass takes, too
+        return new
+
+    return tensors, filled
 
 
 def bootstrap(examples: int, seeds: Sequence[int]) -> Tensor:

@@ -161,13 +161,17 @@ def _differentiated(
         else:
             grads = tuple(torch.zeros_like(leaf) for leaf in leaves)
     if not differentiable:
-        loss, aux = loss.detach(), optree.tree_map(Tensor.detach, aux)
+        loss, aux = loss.detach(), optree.tree_map(_value, aux)
     return tree.unflatten(spec, grads, params), loss, aux
+
+
+def _value(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
 
 
 def _held(loss_fn: Loss, graph: bool) -> contextlib.AbstractContextManager[Loss]:
     held = getattr(loss_fn, "held", None)
-    return contextlib.nullcontext(loss_fn) if held is None else held()
+    return contextlib.nullcontext(loss_fn) if held is None else held(differentiated=graph)
 
 
 def clock() -> int:

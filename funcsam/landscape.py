@@ -283,7 +283,7 @@ def _evaluated(
 
     found, since = [], clock()
     for part in zip(*(torch.split(each, chunk_size) for each in points), strict=True):
-        with levels.in_step():
+        with levels.in_step(), levels.batching():
             losses = torch.vmap(at)(*part) if chunk_size > 1 else at(*(each[0] for each in part))[None]
             found.append(settled(losses, (), since))
         if progress is not None:

@@ -136,6 +136,22 @@ def differentiates_vmap(leaves: Iterable[Tensor]) -> bool:
     return False in kinds[first:] or forward_ad._current_level >= 0 or any(raw(leaf).requires_grad for leaf in leaves)
 
 
+@contextlib.contextmanager
+def _hinting() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        error.add_note(
+            "If it is torch that cannot batch what the loss does, `chunk_size=1` takes a plain loop instead."
+        )
+        raise
+
+
+def batching() -> AbstractContextManager[None]:
+    """Adds to an error that comes out of `torch.vmap` what can be done about it."""
+    return nullcontext() if torch.compiler.is_compiling() else _hinting()
+
+
 def untraced() -> AbstractContextManager[Any]:
     """Inside, random numbers are constants of what `torch.func.linearize` traces: run again, it would draw others."""
     if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None:

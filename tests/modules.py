@@ -215,3 +215,11 @@ def pure_loop(model, data, tx=None, backend="auto", compile=None, trees=None, lo
         params, state, (value, buffers) = step(params, grads_fn, state, buffers, *batch)
         losses.append(value)
     return params, buffers, losses
+
+
+def allocated(run):
+    """Bytes that torch allocates while a function runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")

@@ -311,7 +311,7 @@ MUTATIONS = [
         "value * _real(step + 1) / warmup_steps",
         SCHEDULES,
     ),
-    Mutation("aux keeps its graph", "gradients.py", "optree.tree_map(Tensor.detach, aux)", "aux", GRADIENTS),
+    Mutation("aux keeps its graph", "gradients.py", "optree.tree_map(_value, aux)", "aux", GRADIENTS),
     Mutation(
         "unused leaves have no gradient", "gradients.py", ", materialize_grads=True", ", allow_unused=True", GRADIENTS
     ),
@@ -323,31 +323,87 @@ SCALING, RANDOM = ("tests/test_loss_scale.py",), ("tests/test_randomness.py",)
 HYPER = ("tests/test_hypergradients.py",)
 
 MUTATIONS += [
+    Mutation("the buffers given are written to", "nn.py", "return torch._lazy_clone(x)", "return x.detach()", NN),
     Mutation(
-        "the buffers given are written to", "nn.py", "{name: buffer.clone() for name", "{name: buffer for name", NN
+        "what is written to in memory of NumPy goes there",
+        "nn.py",
+        "buffers[name].clone() if copy",
+        "buffers[name] if copy",
+        NN,
+    ),
+    Mutation("what is not written is copied", "nn.py", "return torch._lazy_clone(x)", "return x.clone()", NN),
+    Mutation("a new shape does not come back", "nn.py", "own), own.shape, own.stride())", "own),)", NN),
+    Mutation("new storage does not come back", "nn.py", "_C._data_address(own), own", "own", NN),
+    Mutation(
+        "spread buffers come back stacked",
+        "nn.py",
+        "_marked(torch.where(always, buffer, buffer))",
+        "torch.where(always, buffer, buffer)",
+        ENSEMBLE,
+    ),
+    Mutation("replaced parts are not seen", "nn.py", "if self._contents.changed():", "if False:", NN),
+    Mutation("tensors that move between dicts are not seen", "nn.py", "sizes != self.sizes or", "False or", NN),
+    Mutation("tensors of another name are not seen", "nn.py", "keys != self.keys or", "False or", NN),
+    Mutation(
+        "the cache of parametrisations is used",
+        "nn.py",
+        "with levels.uncached() if parametrize._cache_enabled else _NOTHING:\n                yield",
+        "with _NOTHING:\n                yield",
+        NN,
+    ),
+    Mutation(
+        "what is in neither tree is differentiated",
+        "nn.py",
+        "first.store[first.key].detach() for",
+        "first.store[first.key] for",
+        NN,
+    ),
+    Mutation("checkpointing around the loss is silently wrong", "nn.py", "None if again else _INSIDE", "None", NN),
+    Mutation("checkpointing is differentiated twice", "nn.py", "_DIFFERENTIATED if differentiated else ", "", NN),
+    Mutation("hooks around the loss are refused", "nn.py", "_disable(message, False)", "_disable(message)", NN),
+    Mutation(
+        "a shared base is stacked", "ensemble.py", "if axis is None and isinstance(leaf, Tensor)", "if False", ENSEMBLE
+    ),
+    Mutation(
+        "what one member does not write is shared",
+        "ensemble.py",
+        "if len(each) == 1 else None",
+        "if True else None",
+        ENSEMBLE,
+    ),
+    Mutation(
+        "dataclasses keep the tensors of one chunk",
+        "ensemble.py",
+        "object.__setattr__(new, name, value)",
+        "pass",
+        ENSEMBLE,
     ),
     Mutation(
         "checkpointing writes to the buffers twice",
         "nn.py",
-        "            put({name: buffers[name].clone() for name in self._names})\n",
-        "",
+        "            if again and after:\n                put(",
+        "            if False:\n                put(",
         NN,
     ),
     Mutation(
         "checkpointing runs again with the module's own tensors",
         "nn.py",
-        "            yield evaluate\n        finally:",
-        "            yield self\n        finally:",
+        "                yield evaluate\n        finally:",
+        "                yield self\n        finally:",
         NN,
     ),
     Mutation(
-        "tied tensors are replaced in one place", "nn.py", "in self._places[name]}", "in self._places[name][:1]}", NN
+        "tied tensors are replaced in one place",
+        "nn.py",
+        "in layout.places[name]:\n",
+        "in layout.places[name][:1]:\n",
+        NN,
     ),
     Mutation(
         "the tensors of the module do not come back",
         "nn.py",
-        "place.store[place.key] = value\n\n    def",
-        "pass\n\n    def",
+        "place.store[place.key] = value\n\n    def _now",
+        "pass\n\n    def _now",
         NN,
     ),
     Mutation("buffers come out as they went in", "nn.py", "return answer, buffers\n", "return answer, {}\n", NN),
@@ -365,7 +421,7 @@ MUTATIONS += [
     Mutation(
         "batch normalisation is differentiated through vmap",
         "nn.py",
-        "if levels.differentiates_vmap(params.values()) else",
+        "if not eager and levels.differentiates_vmap(params.values()) else",
         "if False else",
         HYPER,
     ),

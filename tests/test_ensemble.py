@@ -1,9 +1,11 @@
 """Ensembles: every member takes the steps it would take alone."""
 
+import dataclasses
 import gc
 import io
 import math
 import weakref
+from collections import OrderedDict
 
 import optree
 import pytest
@@ -12,10 +14,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import modeling_outputs
 
 import funcsam as fs
 from tests.asserts import close, defaults, equal
-from tests.modules import MODULES, Recurrent, batches, built, loss, pure_loop, sam
+from tests.modules import MODULES, Recurrent, allocated, batches, built, loss, pure_loop, sam
 from tests.strategies import ensembles, reals, structural, tensors, trees
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # where `vmap` loops itself
@@ -525,3 +528,188 @@ def test_bad_arguments_are_refused(make, error, text):
     with pytest.raises(error) as caught:
         make()
     assert text in str(caught.value)
+
+
+class Base(nn.Module):
+    """A frozen table that the members share, and something small to train."""
+
+    def __init__(self, rows=8):
+        super().__init__()
+        self.table = nn.Embedding(rows, 4).requires_grad_(False)
+        self.register_buffer("mask", torch.ones(rows))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(self.table(x) * self.mask[x][:, None])
+
+
+CHUNKS = pytest.mark.parametrize("chunk_size", [None, 1, 2])
+
+
+def shared_base(rows=8, chunk_size=None):
+    """An ensemble of three on one base: a function that takes a step from the last, and the base."""
+    model, x = Base(rows), torch.arange(4)
+    params = fs.ensemble.stack([fs.nn.split(Base(rows))[0] for _ in SEEDS])
+    base = fs.nn.split(model)[1]
+    grads_fn = fs.grad_and_value(fs.nn.loss_fn(model, loss), has_aux=True)
+    many = fs.ensemble.vectorize(sam(), in_dims=(None, None, None), chunk_size=chunk_size)
+    state = many.init(params)
+    return params, state, base, lambda params, state, buffers: many.step(params, grads_fn, state, buffers, x, x)
+
+
+@CHUNKS
+def test_a_frozen_base_stays_shared(chunk_size):
+    """It comes back as it was given, in any number of steps, and members train as they would alone."""
+    params, state, base, step = shared_base(chunk_size=chunk_size)
+    model, x = Base(), torch.arange(4)
+    wanted = [
+        pure_loop(model, [(x, x)] * 3, trees=(fs.ensemble.member(params, k), dict(base)))[0] for k in range(len(SEEDS))
+    ]
+    before, buffers = {name: leaf.clone() for name, leaf in base.items()}, base
+    for _ in range(3):
+        params, state, (_, buffers) = step(params, state, buffers)
+        assert all(buffers[name] is base[name] for name in base)
+    close(params, fs.ensemble.stack(wanted), rtol=1e-5)
+    equal(base, before)
+
+
+@CHUNKS
+def test_a_step_takes_no_memory_for_a_shared_base(chunk_size):
+    """A table ten times as large takes the same bytes, but for one spread of its small buffer by `vmap`."""
+    sizes = []
+    for rows in (1000, 10000):
+        params, state, buffers, step = shared_base(rows, chunk_size)
+        spread = 0 if chunk_size == 1 else 2 * 4 * rows * len(SEEDS)  # two passes, float32
+        params, state, (_, buffers) = step(params, state, buffers)
+        sizes.append(allocated(lambda: step(params, state, buffers)) - spread)  # noqa: B023
+    assert 0 < sizes[0] == sizes[1] < 64000
+
+
+@CHUNKS
+def test_shared_buffers_that_are_written_need_an_axis_afterwards(chunk_size):
+    """They come back one per member, and a second step says so; with axis 0 it goes on."""
+    model = built(MODULES["batch norm"])
+    params, buffers = fs.ensemble.init(build("batch norm"), SEEDS)
+    grads_fn, batch = fs.grad_and_value(fs.nn.loss_fn(model, loss), has_aux=True), batches()[0]
+    shared, own = (
+        fs.ensemble.vectorize(sam(), in_dims=(dim, None, None), chunk_size=chunk_size).step for dim in (None, 0)
+    )
+    state = fs.ensemble.vectorize(sam()).init(params)
+    wanted = own(params, grads_fn, state, buffers, *batch)
+    params, state, (value, buffers) = shared(params, grads_fn, state, fs.ensemble.member(buffers, 0), *batch)
+    close((params, state, (value, buffers)), wanted)
+    with pytest.raises(ValueError, match=r"of all members of an ensemble, .* give them `in_dims` 0"):
+        shared(params, grads_fn, state, buffers, *batch)
+    own(params, grads_fn, state, buffers, *batch)
+
+
+def test_a_member_may_write_where_another_does_not():
+    """Member by member, what only some write to comes back one per member."""
+
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(()))
+            self.register_buffer("seen", torch.zeros(2))
+
+        def forward(self):
+            if self.w > 1:
+                self.seen.add_(1)
+            return self.w * self.seen.sum()
+
+    many = fs.ensemble.vectorize(fs.sgd(0.1), in_dims=(None,), chunk_size=1)
+    params, buffers = {"w": torch.tensor([1.0, 2.0])}, {"seen": torch.zeros(2)}
+    grads_fn = fs.grad_and_value(fs.nn.loss_fn(Sometimes(), lambda model: model()), has_aux=True)
+    new = many.step(params, grads_fn, many.init(params), buffers)[2][1]
+    equal((new["seen"], buffers["seen"]), (torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.zeros(2)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    logits: torch.Tensor
+    hidden: tuple | None = None
+    loss: None = None
+
+
+class Returns(nn.Module):
+    """Returns its output in some container."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(4, 4), wrap
+
+    def forward(self, x):
+        return self.wrap(self.linear(x))
+
+
+def model_output(y):
+    """What models of transformers return: a dict that leaves out `None`, and a dataclass."""
+    return modeling_outputs.CausalLMOutput(logits=y, hidden_states=(y, y + 1))
+
+
+WRAPS = {
+    "tuple": lambda y: (y, y.sum()),
+    "list": lambda y: [y],
+    "dict": lambda y: {"logits": y, "a": y + 1},
+    "ordered dict": lambda y: OrderedDict(logits=y, a=y + 1),
+    "dict with None": lambda y: {"logits": y, "loss": None},
+    "None": lambda y: None,
+    "nested": lambda y: {"a": (y, [y + 1, {"b": y + 2}])},
+    "named tuple": lambda y: y.max(-1),
+    "dataclass": Output,
+    "nested dataclass": lambda y: [Output(y, (y, None)), None],
+    "model output": model_output,
+    "empty": lambda y: {},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_predictions_in_the_containers_of_the_module(wrap):
+    """In the same for every chunk size, and each member's are its own."""
+    model = Returns(WRAPS[wrap])
+    params, buffers = fs.ensemble.init(lambda: Returns(WRAPS[wrap]), SEEDS)
+    x = torch.ones(3, 4)
+    own = [fs.nn.predict(model, fs.ensemble.member(params, k), {}, x) for k in range(3)]
+    for chunk_size in (None, 1, 2):
+        got = fs.ensemble.predict(model, params, buffers, x, chunk_size=chunk_size)
+        assert type(got) is type(own[0])
+        for k in range(3):
+            ours, theirs = contents(got, k), contents(own[k])
+            assert str(ours[1]) == str(theirs[1])
+            close(ours[0], theirs[0], rtol=1e-6)
+
+
+def contents(output, member=None):
+    """Tensors and structure, without the library's own means."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, dict):
+        return contents({field.name: getattr(output, field.name) for field in dataclasses.fields(output)}, member)
+    if isinstance(output, dict):
+        parts = [contents(output[key], member) for key in output]
+        return [x for part, _ in parts for x in part], [type(output).__name__, *output, *(spec for _, spec in parts)]
+    if isinstance(output, (tuple, list)):
+        parts = [contents(each, member) for each in output]
+        return [x for part, _ in parts for x in part], [type(output).__name__, *(spec for _, spec in parts)]
+    if output is None:
+        return [], None
+    return [output.detach() if member is None else output[member].detach()], "tensor"
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+@pytest.mark.parametrize("extra", [1.0, "text", object])
+def test_outputs_that_are_not_tensors_are_refused(extra, chunk_size):
+    """In the same words for every chunk size."""
+    model = Returns(lambda y: (y, extra))
+    trees = fs.ensemble.init(lambda: Returns(None), SEEDS)
+    with pytest.raises(
+        TypeError, match="predict: `model` must return tensors, alone or in tuples, lists, dicts and data"
+    ):
+        fs.ensemble.predict(model, *trees, torch.ones(3, 4), chunk_size=chunk_size)
+
+
+def test_what_torch_cannot_batch_comes_with_a_way_around():
+    """The error of torch, and a note."""
+    params = torch.ones(2, 3)
+    tx = fs.ensemble.vectorize(fs.sgd(0.1))
+    with pytest.raises(RuntimeError) as caught:
+        tx.step(params, lambda w: w * w.sum().item(), tx.init(params))
+    assert "`chunk_size=1` takes a plain loop instead" in caught.value.__notes__[0]

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import funcsam as fs
 from tests.asserts import close, equal
-from tests.modules import MODULES, batches, built, loss, plain_loop, pure_loop, sam
+from tests.modules import MODULES, allocated, batches, built, loss, plain_loop, pure_loop, sam
 
 each = pytest.mark.parametrize("name", MODULES)
 BUFFERED = [name for name in MODULES if fs.nn.split(built(MODULES[name]))[1]]
@@ -313,6 +313,11 @@ BAD = [
         ValueError,
         "loss_fn: `buffers` must hold every buffer of the module, got none for num_batches_tracked.",
     ),
+    (
+        lambda: LOSS_FN(PARAMS, BUFFERS | {"weight": X[0]}, X),
+        ValueError,
+        "loss_fn: `params` and `buffers` must not share a name, got weight in both.",
+    ),
     (lambda: PAIR_FN(PARAMS, BUFFERS, X), TypeError, "with `has_aux` `loss` must return `(loss, aux)`, got Tensor."),
 ]
 
@@ -337,3 +342,305 @@ def test_load_takes_what_requires_grad():
     model = nn.Linear(1, 1, bias=False)
     fs.nn.load(model, {"weight": torch.full((1, 1), 2.0, dtype=torch.float64, requires_grad=True)})
     assert (model.weight.item(), model.weight.dtype) == (2.0, torch.float32)
+
+
+def changing():
+    """A module with a tied weight, whose parts the tests below replace."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    model[3].weight = model[2].weight
+    return model
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def parametrized(model):
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Twice())
+
+
+CHANGES = {
+    "a layer is replaced": lambda model: model.__setitem__(0, nn.Linear(4, 4).double()),
+    "batch normalisation is replaced": lambda model: model.__setitem__(1, nn.BatchNorm1d(4).double()),
+    "a parameter is replaced": lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(4, 4).double())),
+    "a layer is added": lambda model: model.append(nn.Linear(4, 4).double()),
+    "a layer is removed": lambda model: model.pop(0),
+    "weights are tied": lambda model: setattr(model[0], "weight", model[2].weight),
+    "weights are untied": lambda model: setattr(model[3], "weight", nn.Parameter(torch.ones(4, 4).double())),
+    "a layer is renamed": lambda model: model._modules.__setitem__("last", model._modules.pop("3")),
+    "a buffer is added": lambda model: model.register_buffer("seen", torch.ones(2)),
+    "a parameter becomes a buffer": lambda model: model[0].register_buffer("bias", model[0]._parameters.pop("bias")),
+    "a parametrisation is added": parametrized,
+    "the module is cast": lambda model: model.float(),
+}
+MISFITS = {
+    "a layer is renamed": "`params` must hold names of the module, got 3.bias. If the module has changed, `split` it",
+    "a layer is removed": "`params` must have the shapes of the module, got (4, 4) for (4,) at 0.weight. If these are",
+    "weights are tied": "`params` must hold names of the module, got 2.weight. If the module has changed, `split` it",
+    "a buffer is added": "`buffers` must hold every buffer of the module, got none for seen. If the module has changed",
+    "a parameter becomes a buffer": "`buffers` must hold every buffer of the module, got none for 0.bias.",
+    "a parametrisation is added": "`params` must hold names of the module, got 0.weight. If the module has changed",
+}
+WAYS = ["autograd", "func", pytest.param("compiled", marks=pytest.mark.compile)]
+
+
+def stepper(model, way):
+    """A step of SAM on a loss made now, as a function of trees and batch."""
+    backend = "auto" if way == "compiled" else way
+    grads_fn, tx = fs.grad_and_value(fs.nn.loss_fn(model, loss), has_aux=True, backend=backend), sam()
+    step = torch.compile(tx.step, backend="eager", fullgraph=True) if way == "compiled" else tx.step
+    return lambda trees, x, y: step(trees[0], grads_fn, tx.init(trees[0]), trees[1], x, y)
+
+
+COMPILED = ["batch normalisation is replaced", "weights are tied", "a buffer is added"]
+
+
+@pytest.mark.parametrize(
+    ("change", "way"),
+    [
+        *((change, way) for change in CHANGES for way in WAYS[:2]),
+        *(pytest.param(change, "compiled", marks=pytest.mark.compile) for change in COMPILED),
+    ],
+)
+def test_a_module_is_evaluated_as_it_is_at_the_call(change, way):
+    """After any change a loss made before is the loss made now; trees from before fit, or are refused."""
+    model = changing()
+    old, (x, y) = fs.nn.split(model), batches()[0]
+    step = stepper(model, way)
+    step(old, x, y)
+    CHANGES[change](model)
+    trees = fs.nn.split(model)
+    x = x.to(next(model.parameters()).dtype)
+    watched = [*model.parameters(), *model.buffers()]
+    versions = [t._version for t in watched]
+    close(step(trees, x, y), stepper(model, "autograd")(trees, x, y), rtol=1e-5)
+    assert versions == [t._version for t in watched]
+    if change in MISFITS:
+        error = ValueError if way != "compiled" else torch._dynamo.exc.Unsupported
+        with pytest.raises(error) as caught:
+            step(old, x, y)
+        assert MISFITS[change] in str(caught.value)
+
+
+def test_a_replaced_layer_is_differentiated():
+    """`3 w` has the gradient 3, whatever layer the weight sits in."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    grads_fn = fs.grad_and_value(fs.nn.loss_fn(model, lambda model, x: model(x).sum()), has_aux=True)
+    model[0] = nn.Linear(1, 1, bias=False)
+    equal(grads_fn(*fs.nn.split(model), torch.tensor([3.0]))[0], {"0.weight": torch.tensor([[3.0]])})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cached_parametrisations_are_computed_anew(way):
+    """Inside `parametrize.cached()` gradient, loss and prediction are those outside; the cache stays the module's."""
+    model = changing()
+    parametrized(model)
+    trees, (x, y) = fs.nn.split(model), batches()[0]
+    step = stepper(model, way)
+    wanted, predicted = step(trees, x, y), fs.nn.predict(model, *trees, x)
+    other = {name: p + 1 for name, p in trees[0].items()}
+    shifted = fs.nn.predict(model, other, trees[1], x)
+    with nn.utils.parametrize.cached():
+        own = model[0].weight
+        equal(step(trees, x, y), wanted)
+        equal(fs.nn.predict(model, *trees, x), predicted)
+        equal(fs.nn.predict(model, other, trees[1], x), shifted)
+        assert model[0].weight is own
+
+
+def test_what_is_not_written_comes_back_itself():
+    """Frozen params and buffers of the module in evaluation mode are the given tensors; what is written is new."""
+    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.BatchNorm1d(4), nn.Linear(4, 4)).double()
+    params, buffers = fs.nn.split(model)
+    evaluate = fs.nn.loss_fn(model, loss)
+    new = evaluate(params, buffers, *batches()[0])[1]
+    assert {name for name in buffers if new[name] is not buffers[name]} == {
+        "1.running_mean",
+        "1.running_var",
+        "1.num_batches_tracked",
+    }
+    new = fs.nn.loss_fn(model.eval(), loss)(params, buffers, *batches()[0])[1]
+    assert all(new[name] is buffers[name] for name in buffers)
+
+
+class Writer(nn.Module):
+    """Changes its frozen parameter in one of the ways there are."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.linear, self.frozen, self.write = nn.Linear(4, 4), nn.Parameter(torch.eye(4), requires_grad=False), write
+        self.register_buffer("other", torch.ones(4, 4))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.write(self)
+        return self.linear(x @ self.frozen)
+
+
+WRITES = {
+    "in place": lambda module: module.frozen.add_(1),
+    "through .data": lambda module: module.frozen.data.add_(1),
+    "through a view": lambda module: module.frozen[0].add_(1),
+    "by index": lambda module: module.frozen.__setitem__(0, 5.0),
+    "by a fused kernel": lambda module: torch._foreach_add_([module.frozen], 1),
+    "as out=": lambda module: torch.add(module.frozen, 1, out=module.frozen),
+    "by NumPy": lambda module: module.frozen.numpy().__iadd__(1),
+    "its shape": lambda module: module.frozen.t_(),
+    "its storage": lambda module: setattr(module.frozen, "data", module.linear.weight.detach()),
+    "its storage, by that of a buffer": lambda module: setattr(module.frozen, "data", module.other),
+    "by a copy": lambda module: module.frozen.copy_(module.linear.weight),
+    "a new tensor": lambda module: module._parameters.__setitem__("frozen", module.frozen + 1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("foreign", [False, True], ids=["", "memory of NumPy"])
+def test_what_a_module_writes_comes_back_and_goes_nowhere_else(write, foreign):
+    """However it writes, as `copy.deepcopy` of it does; the trees and the module stay as they are."""
+    model = Writer(WRITES[write]).double()
+    params, buffers = fs.nn.split(model)
+    buffers["frozen"][0, 1] = 0.5
+    if foreign:
+        buffers["frozen"] = torch.from_numpy(buffers["frozen"].numpy())
+    before = {name: t.clone() for name, t in buffers.items()}
+    batch = batches()[0]
+    plain = fs.nn.load(copy.deepcopy(model), params, buffers)
+    wanted = loss(plain, *batch).detach()
+    for backend in ("autograd", "func"):
+        grads_fn = fs.grad_and_value(fs.nn.loss_fn(model, loss), has_aux=True, backend=backend)
+        if backend == "func" and (write == "by NumPy" or write.startswith("its storage")):
+            continue  # `torch.func` has neither
+        value, new = grads_fn(params, buffers, *batch)[1]
+        equal((value, new["frozen"]), (wanted, plain.frozen.detach()))
+    equal(buffers, before)
+    equal(model.frozen.detach(), torch.eye(4, dtype=torch.float64))
+
+
+def test_checkpointing_writes_to_frozen_parameters_once():
+    """As to buffers: what comes back is what the forward pass wrote."""
+    model = Checkpointed(built(MODULES["shadow"]))
+    strip = lambda tree: {key.removeprefix("body."): leaf for key, leaf in tree.items()}  # noqa: E731
+    params, buffers, losses = pure_loop(model, batches(), backend="autograd")
+    equal((strip(params), strip(buffers), losses), pure_loop(model.body, batches(), backend="autograd"))
+
+
+@pytest.mark.parametrize("backend", ["autograd", "func"])
+def test_a_step_takes_no_memory_for_a_frozen_base(backend):
+    """A base ten times as large takes the same bytes, step after step."""
+    sizes = []
+    for rows in (1000, 10000):
+        model = nn.Sequential(nn.Embedding(rows, 4).requires_grad_(False), nn.Linear(4, 4))
+        params, buffers = fs.nn.split(model)
+        grads_fn, tx = fs.grad_and_value(fs.nn.loss_fn(model, loss), has_aux=True, backend=backend), sam()
+        state, x = tx.init(params), torch.arange(4)
+        for _ in range(2):
+            step = lambda: tx.step(params, grads_fn, state, buffers, x, x)  # noqa: B023, E731
+            size = allocated(step)
+            params, state, (_, buffers) = step()
+        sizes.append(size)
+    assert 0 < sizes[0] == sizes[1] < 16000
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plain_loop_on_an_unfrozen_backbone_grows_no_graph(way):
+    """What is in neither tree is a value, though it requires grad."""
+    model = changing()
+    params, buffers = fs.nn.split(model)
+    step, (x, y) = stepper(model, way), batches()[0]
+    head = {name: p for name, p in params.items() if name.startswith("2.")}
+    rest = {name: p for name, p in params.items() if name not in head}
+    wanted = stepper(model, "autograd")((head, buffers | rest), x, y)
+    for _ in range(3):
+        answer = step((head, buffers), x, y)
+        head, buffers = answer[0], answer[2][1]
+        assert not any(leaf.requires_grad for leaf in optree.tree_leaves(answer))
+        if wanted is not None:
+            close((answer[:2], answer[2][0]), (wanted[:2], wanted[2][0]))
+            wanted = None
+    assert not fs.nn.loss_fn(model, loss)(head, buffers, x, y)[0].requires_grad
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+REFUSED = "loss_fn: activation checkpointing must be differentiated by `grad_and_value(loss_fn, has_aux=True)`, got"
+
+
+def test_checkpointing_in_a_loss_around_the_loss_is_refused():
+    """Its second forward pass would see the module's own tensors; without a backward pass there is none."""
+    model = Checkpointed(built(MODULES["batch norm"]))
+    params, buffers = fs.nn.split(model)
+    evaluate, batch = fs.nn.loss_fn(model, loss), batches()[0]
+    around = lambda params: evaluate(params, buffers, *batch)[0]  # noqa: E731
+    other = {name: (p + 1).requires_grad_() for name, p in params.items()}
+    for run in (
+        lambda: fs.grad_and_value(around, backend="autograd")(other),
+        lambda: around(other).backward(),
+        lambda: fs.nn.predict(model, other, buffers, batch[0]).sum().backward(),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            run()
+        assert REFUSED in str(caught.value)
+    detached = {name: p.detach() for name, p in other.items()}
+    wanted = fs.nn.loss_fn(model.body, loss)(*({k[5:]: v for k, v in t.items()} for t in (detached, buffers)), *batch)
+    equal(around(detached), wanted[0])
+    with torch.no_grad():
+        equal(around(other), wanted[0])
+        assert fs.nn.predict(model, other, buffers, batch[0]).shape == (6, 4)
+
+
+def test_checkpointing_around_the_loss_is_allowed():
+    """It computes all of the evaluation again; so are hooks that only move tensors."""
+    model = built(MODULES["batch norm"])
+    params, buffers = fs.nn.split(model)
+    evaluate, batch = fs.nn.loss_fn(model, loss), batches()[0]
+    around = lambda params: evaluate(params, buffers, *batch)[0]  # noqa: E731
+    wanted = fs.grad_and_value(around, backend="autograd")(params)
+    again = lambda params: checkpoint(around, params, use_reentrant=False)  # noqa: E731
+    equal(fs.grad_and_value(again, backend="autograd")(params), wanted)
+    with torch.autograd.graph.save_on_cpu():
+        equal(fs.grad_and_value(around, backend="autograd")(params), wanted)
+
+
+def test_checkpointing_is_not_differentiated_twice():
+    """The second backward pass would run parts again when the tensors have left the module."""
+    model = Checkpointed(built(MODULES["linear"]))
+    params, buffers = fs.nn.split(model)
+    params = {name: p.requires_grad_() for name, p in params.items()}
+    evaluate, batch = fs.nn.loss_fn(model, loss), batches()[0]
+    with (
+        evaluate.held(differentiated=True) as held,
+        pytest.raises(RuntimeError, match="must not be differentiated twice"),
+    ):
+        held(params, buffers, *batch)
+    plain = fs.nn.loss_fn(model.body, loss)
+    params = {name.removeprefix("body."): p for name, p in params.items()}
+    with plain.held(differentiated=True) as held:
+        equal(held(params, buffers, *batch), plain(params, buffers, *batch))
+
+
+def test_modes():
+    """Inference mode, no gradients, vmap, deterministic kernels and another default device change nothing."""
+    model = built(MODULES["batch norm"])
+    trees, batch = fs.nn.split(model), batches()[0]
+    evaluate = fs.nn.loss_fn(model, loss)
+    wanted, predicted = evaluate(*trees, *batch), fs.nn.predict(model, *trees, batch[0])
+    before = [leaf.clone() for leaf in optree.tree_leaves(trees)]
+
+    def check():
+        equal(evaluate(*trees, *batch), wanted)
+        equal(fs.nn.predict(model, *trees, batch[0]), predicted)
+        equal(fs.nn.split(model), trees)
+        equal(fs.nn.split(fs.nn.load(copy.deepcopy(model), *trees)), trees)
+
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.device("meta")):
+        with mode:
+            check()
+    torch.use_deterministic_algorithms(True)
+    try:
+        check()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    many = torch.vmap(evaluate, in_dims=(None, None, 0, 0))(*trees, *(x[None].repeat_interleave(2, 0) for x in batch))
+    close(optree.tree_map(lambda leaf: leaf[1], many), wanted)
+    equal([leaf.clone() for leaf in optree.tree_leaves(trees)], before)

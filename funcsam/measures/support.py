@@ -138,4 +138,5 @@ def _each(sample: Callable[[P], Tensor], several: list[P]) -> Tensor:
     if len(several) == 1 or not leaves:
         return torch.stack([sample(drawn) for drawn in several])
     stacked = [torch.stack(each) for each in zip(*(tree.flatten(drawn)[0] for drawn in several), strict=True)]
-    return torch.vmap(sample, randomness="different")(tree.unflatten(spec, stacked, several[0]))
+    with levels.batching():
+        return torch.vmap(sample, randomness="different")(tree.unflatten(spec, stacked, several[0]))
