@@ -136,25 +136,26 @@ class _Layout:
                         self.places[names[id(tensor)]].append(_Place(f"{prefix}.{key}", store, key))
 
 
-_STORES = operator.itemgetter("_modules", "_parameters", "_buffers")
-
-
 class _Contents:
     """What the modules of a model hold: tells, for a small part of a forward pass, whether any of it was changed."""
 
     def __init__(self, model: nn.Module) -> None:
         # A scripted module keeps nothing in dicts, and stays as it is.
-        self.modules = [vars(each) for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)]
+        modules = [each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)]
+        stores: list[dict[str, Any]] = [
+            store for each in modules for store in (each._modules, each._parameters, each._buffers)
+        ]
+        self.full, self.empty = [store for store in stores if store], [store for store in stores if not store]
         self.sizes, self.keys, self.values = self._read()
 
     def _read(self) -> tuple[list[int], list[str], list[Any]]:
-        stores = list(chain.from_iterable(map(_STORES, self.modules)))
-        values = chain.from_iterable(map(dict.values, stores))
-        return list(map(len, stores)), list(chain.from_iterable(stores)), list(values)
+        values = chain.from_iterable(map(dict.values, self.full))
+        return list(map(len, self.full)), list(chain.from_iterable(self.full)), list(values)
 
     def changed(self) -> bool:
         sizes, keys, values = self._read()
-        return sizes != self.sizes or keys != self.keys or not all(map(operator.is_, values, self.values))
+        same = sizes == self.sizes and keys == self.keys and all(map(operator.is_, values, self.values))
+        return not same or any(self.empty)
 
 
 class _Loss(nn.Module):
@@ -307,6 +308,9 @@ _DIFFERENTIATED = (
 )
 
 
+_NDIM = operator.attrgetter("ndim")
+
+
 def _check(layout: _Layout, params: Named, buffers: Named) -> None:
     """Raises unless the trees fit the module."""
     for what, given in (("params", params), ("buffers", buffers)):
@@ -315,13 +319,14 @@ def _check(layout: _Layout, params: Named, buffers: Named) -> None:
                 f"loss_fn: `{what}` must be a dict of tensors by name, got {type(given).__name__}. "
                 "The arguments are (params, buffers, *batch); `split` makes the first two."
             )
-        for name, tensor in given.items():
-            if name not in layout.places:
-                raise ValueError(
-                    f"loss_fn: `{what}` must hold names of the module, got {name}. "
-                    "If the module has changed, `split` it again."
-                )
-            if tensor.ndim > layout.ndims[name]:
+        if not given.keys() <= layout.ndims.keys():
+            name = next(name for name in given if name not in layout.ndims)
+            raise ValueError(
+                f"loss_fn: `{what}` must hold names of the module, got {name}. "
+                "If the module has changed, `split` it again."
+            )
+        if any(map(operator.gt, map(_NDIM, given.values()), map(layout.ndims.__getitem__, given))):
+            for name, tensor in given.items():
                 _members(layout, what, name, tensor)
     if not layout.buffers <= buffers.keys():
         name = next(name for name in sorted(layout.buffers) if name not in buffers)

@@ -60,7 +60,8 @@ def scale_by_learning_rate(lr: Any) -> Transform:
     checks.nonnegative("scale_by_learning_rate", lr=lr)
 
     def update(grads: Any, state: ScaleState, params: Any) -> tuple[Any, State]:
-        rate = optree.tree_map(neg, schedules.at(lr, state.step))
+        rate = schedules.at(lr, state.step)
+        rate = -rate if isinstance(rate, float | int | Tensor) else optree.tree_map(neg, rate)
         return tree.scale(rate, grads), ScaleState(state.step + 1)
 
     return lift(_init, update, ScaleState)

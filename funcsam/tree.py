@@ -289,10 +289,12 @@ def norm(x: Tree) -> Tensor:
         norms = [_norm(leaf) for leaf in leaves]
     if len(norms) == 1:
         return norms[0]
-    dtype = norms[0].dtype
-    for each in norms:
-        dtype = torch.promote_types(dtype, each.dtype)
-    return vector_norm(torch.stack([each.to(norms[0].device, dtype) for each in norms]))
+    dtype, place = norms[0].dtype, norms[0].device
+    if any(each.dtype is not dtype or each.device != place for each in norms):
+        for each in norms:
+            dtype = torch.promote_types(dtype, each.dtype)
+        norms = [each.to(place, dtype) for each in norms]
+    return vector_norm(torch.stack(norms))
 
 
 def _square(leaves: list[Tensor]) -> Tensor:

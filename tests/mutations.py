@@ -162,8 +162,8 @@ MUTATIONS = [
     Mutation(
         "sign of lr",
         "scaling.py",
-        "optree.tree_map(neg, schedules.at(lr, state.step))",
-        "schedules.at(lr, state.step)",
+        "rate = -rate if",
+        "rate = rate if",
         CLOSED,
     ),
     Mutation(
@@ -313,7 +313,11 @@ MUTATIONS = [
     ),
     Mutation("aux keeps its graph", "gradients.py", "optree.tree_map(_value, aux)", "aux", GRADIENTS),
     Mutation(
-        "unused leaves have no gradient", "gradients.py", ", materialize_grads=True", ", allow_unused=True", GRADIENTS
+        "unused leaves have no gradient",
+        "gradients.py",
+        "torch.zeros_like(x) if g is None",
+        "g if g is None",
+        GRADIENTS,
     ),
 ]
 
@@ -342,8 +346,8 @@ MUTATIONS += [
         ENSEMBLE,
     ),
     Mutation("replaced parts are not seen", "nn.py", "if self._contents.changed():", "if False:", NN),
-    Mutation("tensors that move between dicts are not seen", "nn.py", "sizes != self.sizes or", "False or", NN),
-    Mutation("tensors of another name are not seen", "nn.py", "keys != self.keys or", "False or", NN),
+    Mutation("tensors that move between dicts are not seen", "nn.py", "sizes == self.sizes and", "True and", NN),
+    Mutation("tensors of another name are not seen", "nn.py", "keys == self.keys and", "True and", NN),
     Mutation(
         "the cache of parametrisations is used",
         "nn.py",
@@ -1846,8 +1850,8 @@ MUTATIONS += [
     Mutation(
         "what a loss captures is not looked for",
         "gradients.py",
-        "if looking and target.requires_grad and",
-        "if False and",
+        "more = looking and",
+        "more = False and",
         cells("a number in the loss"),
     ),
     Mutation(
@@ -1888,15 +1892,15 @@ MUTATIONS += [
     Mutation(
         "params are not told from what the loss captures",
         "gradients.py",
-        "leaf.view_as(leaf) if graph",
-        "leaf if graph",
+        "leaf.view_as(leaf) if leaf",
+        "leaf if leaf",
         node("derivatives", "params_used_a_second_time_by_the_loss"),
     ),
     Mutation(
         "gradients are not differentiated",
         "gradients.py",
-        "create_graph=differentiable",
-        "create_graph=False",
+        "_grads(target, inputs, differentiable)",
+        "_grads(target, inputs)",
         cells("rho"),
     ),
     Mutation(
@@ -1951,14 +1955,14 @@ MUTATIONS += [
     Mutation(
         "inference mode is plain",
         "gradients.py",
-        "levels.eager() and not _inference(params)",
+        "levels.eager() and not _inference(leaves)",
         "levels.eager()",
         MODES,
     ),
     Mutation(
         "inference tensors are plain",
         "gradients.py",
-        " or any(leaf.is_inference() for leaf in tree.flatten(params)[0])",
+        " or any(map(Tensor.is_inference, leaves))",
         "",
         node("modes", "inference_tensors_outside_of_their_mode"),
     ),
@@ -2000,8 +2004,8 @@ MUTATIONS += [
     Mutation(
         "gradients stay sparse in autograd",
         "gradients.py",
-        "tuple(map(_dense, found))",
-        "found",
+        "g if g.layout is torch.strided else g.to_dense() for",
+        "g for",
         ("tests/test_gradients.py",),
     ),
 ]
