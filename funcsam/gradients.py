@@ -6,10 +6,10 @@ from typing import Any, Literal, TypeVar
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
-from funcsam import checks, levels, tree
+from funcsam import checks, graphs, levels, tree
 
 P = TypeVar("P")
 Loss = Callable[..., Any]
@@ -110,12 +110,12 @@ def _func(fn: GradAndValue, params: P, batch: tuple[Any, ...]) -> tuple[P, Tenso
     if not tree.flatten(params)[0]:
         return params, *fn.evaluate(fn.loss_fn, params, batch)[1]
     differentiate = torch.func.grad(lambda params, *batch: fn.evaluate(fn.loss_fn, params, batch), has_aux=True)
-    since = clock()
+    since = graphs.clock()
     grads, (loss, aux) = differentiate(params, *batch)
     leaves, spec = tree.flatten(grads)
     if any(g.layout is not torch.strided for g in leaves):
         grads = tree.unflatten(spec, _dense(leaves, leaves), params)
-    answer: tuple[P, Tensor, Any] = settled((grads, loss, aux), params, since)
+    answer: tuple[P, Tensor, Any] = graphs.settled((grads, loss, aux), params, since)
     return answer
 
 
@@ -142,11 +142,11 @@ def _values(
     looking, stepping = torch.is_grad_enabled() and not torch.compiler.is_compiling(), levels.stepping()
     with torch.enable_grad(), levels.in_loss(), _held(fn.loss_fn, False) as loss_fn:
         inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-        since = clock()
+        since = graphs.clock()
         target, (loss, aux) = fn.evaluate(loss_fn, tree.unflatten(spec, inputs, params), batch)
         grads = _grads(target, inputs)
-        more = looking and _leaf_nodes(target) != sum(g is not None for g in grads)
-        if more and _captured((target,), inputs, since, False, stepping):
+        more = looking and graphs.leaves(target) != sum(g is not None for g in grads)
+        if more and graphs.captured((target,), inputs, since, False, stepping):
             return None
     return _dense(grads, leaves), loss.detach(), optree.tree_map(_value, aux) if fn.has_aux else aux
 
@@ -163,9 +163,9 @@ def _graph(
     looking, stepping = torch.is_grad_enabled() and not torch.compiler.is_compiling(), levels.stepping()
     with torch.enable_grad(), levels.in_loss(), _held(fn.loss_fn, True) as loss_fn:
         inputs = [leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
-        since = clock()
+        since = graphs.clock()
         target, (loss, aux) = fn.evaluate(loss_fn, tree.unflatten(spec, inputs, params), batch)
-        differentiable = _captured((target,), inputs, since, given, stepping) if looking else given
+        differentiable = graphs.captured((target,), inputs, since, given, stepping) if looking else given
         grads = _grads(target, inputs, differentiable)
     if not differentiable:
         loss, aux = loss.detach(), optree.tree_map(_value, aux)
@@ -189,25 +189,6 @@ def _dense(grads: Sequence[Tensor | None], leaves: list[Tensor]) -> list[Tensor]
     return [torch.zeros_like(x) if g is None else g if g.layout is torch.strided else g.to_dense() for g, x in pairs]
 
 
-_LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
-
-
-def _leaf_nodes(target: Tensor) -> int:
-    """Counts the leaves that a graph ends in: a quick look, to see whether there are more than there should be."""
-    if target.grad_fn is None:
-        return int(target.requires_grad)
-    seen, nodes, count = set(), [target.grad_fn], 0
-    while nodes:
-        for node, _ in nodes.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                if type(node) is _LEAF:
-                    count += 1
-                else:
-                    nodes.append(node)
-    return count
-
-
 def _value(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
@@ -215,60 +196,3 @@ def _value(x: Tensor) -> Tensor:
 def _held(loss_fn: Loss, graph: bool) -> contextlib.AbstractContextManager[Loss]:
     held = getattr(loss_fn, "held", None)
     return contextlib.nullcontext(loss_fn) if held is None else held(differentiated=graph)
-
-
-def clock() -> int:
-    """Returns a number that the autograd nodes made from now on reach at least."""
-    return 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
-
-
-def settled(outputs: Any, params: Any, since: int) -> Any:
-    """Detaches what was computed in a step, since some time, if nothing but values can be differentiated in it."""
-    if not levels.stepping():
-        return outputs
-    tracked = [x for x in map(levels.raw, optree.tree_leaves(outputs)) if x.requires_grad]
-    if not tracked:
-        return outputs
-    inputs = [levels.raw(leaf) for leaf in tree.flatten(params)[0]]
-    if _captured(tracked, inputs, since, any(x.requires_grad for x in inputs), True):
-        return outputs
-    return optree.tree_map(Tensor.detach, outputs)
-
-
-def _captured(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since: int, given: bool, stepping: bool) -> bool:
-    """Tells whether outputs can be differentiated by their inputs, if these are `given` to be, or by anything else.
-
-    In a step `nn.Parameter`s are values.
-
-    Raises:
-        RuntimeError: In a step, if there are such values beside something that is differentiated.
-    """
-    own = {id(x) for x in inputs}
-    seen = {x.grad_fn for x in (*inputs, *outputs)}
-    nodes: list[Any] = [x.grad_fn for x in outputs]
-    found, parameter = given, None
-    while nodes:
-        node = nodes.pop()
-        if node is None:
-            continue
-        behind = node.next_functions
-        if behind and node._sequence_nr() >= since:
-            new = [each for each, _ in behind if each is not None and each not in seen]
-            seen.update(new)
-            nodes += new
-        elif behind:
-            found = True  # made before
-        elif (variable := getattr(node, "variable", None)) is not None and id(variable) not in own:
-            if isinstance(variable, nn.Parameter):
-                parameter = variable
-            else:
-                found = True
-    if parameter is None:
-        return found
-    if stepping and found:
-        raise RuntimeError(
-            "update: a step that is differentiated must not capture an nn.Parameter that requires grad, got one of "
-            f"shape {tuple(parameter.shape)}. Freeze it, `requires_grad_(False)`, if it is a value; differentiate by "
-            "`torch.func.grad` if not."
-        )
-    return found or not stepping

@@ -30,8 +30,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from funcsam import checks, levels, tree
-from funcsam.gradients import clock, settled
+from funcsam import checks, graphs, levels, tree
 
 P = TypeVar("P")
 Coordinates = Tensor | Sequence[float]
@@ -281,11 +280,11 @@ def _evaluated(
             raise ValueError(f"{where}: `loss_fn` must return a loss of shape (), or a pair of it and more, got {got}.")
         return loss
 
-    found, since = [], clock()
+    found, since = [], graphs.clock()
     for part in zip(*(torch.split(each, chunk_size) for each in points), strict=True):
         with levels.in_step(), levels.batching():
             losses = torch.vmap(at)(*part) if chunk_size > 1 else at(*(each[0] for each in part))[None]
-            found.append(settled(losses, (), since))
+            found.append(graphs.settled(losses, (), since))
         if progress is not None:
             progress(len(part[0]))
     return torch.cat(found)

@@ -14,7 +14,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import checks, levels, tree
+from funcsam import checks, graphs, levels, tree
 from funcsam.records import Recorded, factory, leaves
 
 P = TypeVar("P")
@@ -52,9 +52,10 @@ class _Checked:
         return None if scaled is None else _Checked(scaled(factor))
 
     def __call__(self, params: P, *batch: Any) -> tuple[P, Aux]:
-        answer = self.grads_fn(params, *batch)
         if self.exact:
-            return answer  # type: ignore[no-any-return]
+            return self.grads_fn(params, *batch)  # type: ignore[no-any-return]
+        since = graphs.clock()
+        answer = graphs.settled(self.grads_fn(params, *batch), params, since)
         leaves, spec = tree.flatten(params)
         pair = isinstance(answer, tuple) and len(answer) == 2
         grads, found = (tree.flatten(answer[0])) if pair else ([], None)

@@ -491,3 +491,19 @@ def test_a_gradient_of_zero_has_a_derivative():
         new, _ = steps(tx, w * 1.0, lambda w: (w**2).sum())
         (found,) = torch.autograd.grad(new.sum(), w)
         assert found.isfinite().all()
+
+
+def test_parameters_that_a_bare_gradient_captures_are_values():
+    """With `torch.func.grad` as the gradient function no graph grows either."""
+    body, w, tx = nn.Parameter(MATRIX.clone()), W, sam()
+    state = tx.init(w)
+    for _ in range(3):
+        w, state, _ = tx.step(w, torch.func.grad(lambda w: quartic(body @ w)), state)
+        assert not w.requires_grad
+    close(w, steps(sam(), W, lambda w: quartic(MATRIX @ w))[0])
+    rho = tracked(0.3)
+    with pytest.raises(RuntimeError, match=r"^update: a step that is differentiated must not capture an nn.Parameter"):
+        sam(rho).step(W, torch.func.grad(lambda w: quartic(body @ w)), tx.init(W))
+    new, _, _ = sam(rho).step(W, torch.func.grad(quartic), tx.init(W))
+    (found,) = torch.autograd.grad(query(new), rho)
+    close(found, quotients(lambda r: query(sam(r).step(W, torch.func.grad(quartic), tx.init(W))[0]), tensor(0.3)), 1e-6)
