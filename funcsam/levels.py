@@ -34,6 +34,11 @@ def eager() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Returns float64 for devices that have it for certain, and float32 for others, such as Apple's."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
+
+
 _frame: ContextVar[str] = ContextVar("funcsam.frame", default="function")
 
 

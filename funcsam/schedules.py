@@ -12,7 +12,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import checks
+from funcsam import checks, levels
 from funcsam.records import Recorded, equal, factory
 
 Number = float | Tensor
@@ -26,10 +26,6 @@ def at(value: Any, step: Tensor) -> Any:
     if isinstance(value, float | int | Tensor):
         return value
     return optree.tree_map(lambda leaf: leaf(step) if callable(leaf) else leaf, value)
-
-
-_FLOAT64 = ("cpu", "cuda", "meta")
-"""Devices that have float64 for certain. On others, such as Apple's, a schedule is exact to float32."""
 
 
 class _Schedule(Recorded):
@@ -49,7 +45,7 @@ class _Schedule(Recorded):
 
 
 def _real(step: Tensor) -> Tensor:
-    return step.to(torch.float64 if step.device.type in _FLOAT64 else torch.float32)
+    return step.to(levels.widest(step.device))
 
 
 @factory

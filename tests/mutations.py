@@ -288,9 +288,9 @@ MUTATIONS = [
     ),
     Mutation(
         "every device has float64",
-        "schedules.py",
-        "in _FLOAT64 else torch.float32",
-        "in _FLOAT64 else torch.float64",
+        "levels.py",
+        '"meta") else torch.float32',
+        '"meta") else torch.float64',
         ("tests/test_schedules.py",),
     ),
     Mutation(
@@ -1411,22 +1411,22 @@ MUTATIONS += [
     Mutation(
         "params of ranks are compared by their sums",
         "distributed/average.py",
-        "(leaf.double().sum(), leaf.double().square().sum())",
-        "(leaf.double().sum(),)",
+        "(leaf.sum(), leaf.square().sum())",
+        "(leaf.sum(),)",
         NEARLY,
     ),
     Mutation(
         "params of ranks are compared by their lengths",
         "distributed/average.py",
-        "(leaf.double().sum(), leaf.double().square().sum())",
-        "(leaf.double().square().sum(),)",
+        "(leaf.sum(), leaf.square().sum())",
+        "(leaf.square().sum(),)",
         NEARLY,
     ),
     Mutation(
         "the first params of ranks are compared",
         "distributed/average.py",
-        "for leaf in own for",
-        "for leaf in own[:1] for",
+        "for leaf in wide for",
+        "for leaf in wide[:1] for",
         NEARLY,
     ),
     Mutation(

@@ -197,7 +197,8 @@ def _alike(params: Any, group: Ranks) -> None:
     if not leaves or not levels.eager():
         return
     own = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
-    mine = torch.stack([part for leaf in own for part in (leaf.double().sum(), leaf.double().square().sum())])
+    wide = [leaf.to(levels.widest(leaf.device)) for leaf in own]
+    mine = torch.stack([part for leaf in wide for part in (leaf.sum(), leaf.square().sum())])
     theirs = [torch.empty_like(mine) for _ in range(group.size())]
     with _together():
         dist.all_gather(theirs, mine, group=group)
