@@ -308,26 +308,21 @@ _DIFFERENTIATED = (
 )
 
 
-_NDIM = operator.attrgetter("ndim")
-
-
 def _check(layout: _Layout, params: Named, buffers: Named) -> None:
     """Raises unless the trees fit the module."""
-    for what, given in (("params", params), ("buffers", buffers)):
+    trees = (("params", params), ("buffers", buffers))
+    for what, given in trees:
         if not isinstance(given, dict):
             raise TypeError(
                 f"loss_fn: `{what}` must be a dict of tensors by name, got {type(given).__name__}. "
                 "The arguments are (params, buffers, *batch); `split` makes the first two."
             )
-        if not given.keys() <= layout.ndims.keys():
+        if any(name not in layout.ndims for name in given):
             name = next(name for name in given if name not in layout.ndims)
             raise ValueError(
                 f"loss_fn: `{what}` must hold names of the module, got {name}. "
                 "If the module has changed, `split` it again."
             )
-        if any(map(operator.gt, map(_NDIM, given.values()), map(layout.ndims.__getitem__, given))):
-            for name, tensor in given.items():
-                _members(layout, what, name, tensor)
     if not layout.buffers <= buffers.keys():
         name = next(name for name in sorted(layout.buffers) if name not in buffers)
         raise ValueError(
@@ -336,6 +331,10 @@ def _check(layout: _Layout, params: Named, buffers: Named) -> None:
         )
     if both := params.keys() & buffers.keys():
         raise ValueError(f"loss_fn: `params` and `buffers` must not share a name, got {min(both)} in both.")
+    for what, given in trees:
+        for name, tensor in given.items():
+            if tensor.ndim > layout.ndims[name]:
+                _members(layout, what, name, tensor)
 
 
 def _members(layout: _Layout, what: str, name: str, tensor: Tensor) -> None:

@@ -391,7 +391,7 @@ CASES = [
         "grid: `xs` must be a tensor of shape (n,) or a sequence of numbers, got float.",
     ),
     (
-        lambda: landscape.line(torch.sum, W, W, [0.0, fs.constant(0.5)]),
+        lambda: landscape.line(torch.sum, W, W, [0.0, lambda step: step]),
         TypeError,
         "line: `ts` must hold numbers, got function at [1].",
     ),

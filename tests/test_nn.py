@@ -377,7 +377,7 @@ CHANGES = {
 }
 MISFITS = {
     "a layer is renamed": "`params` must hold names of the module, got 3.bias. If the module has changed, `split` it",
-    "a layer is removed": "`params` must have the shapes of the module, got (4, 4) for (4,) at 0.weight. If these are",
+    "a layer is removed": "`params` must hold names of the module, got 2.weight. If the module has changed, `split` it",
     "weights are tied": "`params` must hold names of the module, got 2.weight. If the module has changed, `split` it",
     "a buffer is added": "`buffers` must hold every buffer of the module, got none for seen. If the module has changed",
     "a parameter becomes a buffer": "`buffers` must hold every buffer of the module, got none for 0.bias.",
