@@ -162,7 +162,7 @@ def _graph(
     """Returns an answer with its graph, if an argument requires grad (`given`) or the loss captures what does."""
     looking, stepping = torch.is_grad_enabled() and not torch.compiler.is_compiling(), levels.stepping()
     with torch.enable_grad(), levels.in_loss(), _held(fn.loss_fn, True) as loss_fn:
-        inputs = [leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
+        inputs = [leaf.view_as(leaf) if leaf.requires_grad else graphs.value(leaf) for leaf in leaves]
         since = graphs.clock()
         target, (loss, aux) = fn.evaluate(loss_fn, tree.unflatten(spec, inputs, params), batch)
         differentiable = graphs.captured((target,), inputs, since, given, stepping) if looking else given

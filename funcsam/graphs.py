@@ -15,6 +15,13 @@ def clock() -> int:
     return 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
 
 
+def value(x: Tensor) -> Tensor:
+    """Returns a new leaf by which only the evaluation differentiates that made it."""
+    leaf = x.detach().requires_grad_()
+    leaf._funcsam_value = True  # type: ignore[attr-defined]
+    return leaf
+
+
 _LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 
 
@@ -72,6 +79,8 @@ def captured(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since: int, gi
         elif behind:
             found = True  # made before
         elif (variable := getattr(node, "variable", None)) is not None and id(variable) not in own:
+            if hasattr(variable, "_funcsam_value"):
+                continue
             if isinstance(variable, nn.Parameter):
                 parameter = variable
             else:

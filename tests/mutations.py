@@ -1897,6 +1897,13 @@ MUTATIONS += [
         node("derivatives", "parameters_that_a_bare_gradient_captures_are_values"),
     ),
     Mutation(
+        "inner values are captured",
+        "graphs.py",
+        'if hasattr(variable, "_funcsam_value"):',
+        "if False:",
+        node("derivatives", "derivatives_of_derivatives_keep_no_graph"),
+    ),
+    Mutation(
         "params are not told from what the loss captures",
         "gradients.py",
         "leaf.view_as(leaf) if leaf",

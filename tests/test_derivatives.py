@@ -507,3 +507,15 @@ def test_parameters_that_a_bare_gradient_captures_are_values():
     new, _, _ = sam(rho).step(W, torch.func.grad(quartic), tx.init(W))
     (found,) = torch.autograd.grad(query(new), rho)
     close(found, quotients(lambda r: query(sam(r).step(W, torch.func.grad(quartic), tx.init(W))[0]), tensor(0.3)), 1e-6)
+
+
+def test_derivatives_of_derivatives_keep_no_graph():
+    """A loss that differentiates another, by a value of its own: the answer of the outer one is a value."""
+
+    def slope(scale):
+        return fs.grad_and_value(lambda rho: trained(sam(rho * scale)))(tensor(0.3))[0]
+
+    found, value = fs.grad_and_value(slope)(tensor(1.1))
+    close(found, quotients(slope, tensor(1.1)), rtol=1e-6)
+    assert not found.requires_grad
+    assert not value.requires_grad
