@@ -371,8 +371,8 @@ MUTATIONS += [
     Mutation(
         "what one member does not write is shared",
         "ensemble.py",
-        "if len(each) == 1 else None",
-        "if True else None",
+        "shared.get(next(iter(each))) if len(each) == 1 else None",
+        "next((shared[address] for address in each if address in shared), None)",
         ENSEMBLE,
     ),
     Mutation(
