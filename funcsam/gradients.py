@@ -145,8 +145,9 @@ def _values(
         since = graphs.clock()
         target, (loss, aux) = fn.evaluate(loss_fn, tree.unflatten(spec, inputs, params), batch)
         grads = _grads(target, inputs)
-        more = looking and graphs.leaves(target) != sum(g is not None for g in grads)
-        if more and graphs.captured((target,), inputs, since, False, stepping):
+        tracked = _tracked(target, aux)
+        more = looking and (len(tracked) > 1 or graphs.leaves(target) != sum(g is not None for g in grads))
+        if more and graphs.captured(tracked, inputs, since, False, stepping):
             return None
     return _dense(grads, leaves), loss.detach(), optree.tree_map(_value, aux) if fn.has_aux else aux
 
@@ -165,7 +166,7 @@ def _graph(
         inputs = [leaf.view_as(leaf) if leaf.requires_grad else graphs.value(leaf) for leaf in leaves]
         since = graphs.clock()
         target, (loss, aux) = fn.evaluate(loss_fn, tree.unflatten(spec, inputs, params), batch)
-        differentiable = graphs.captured((target,), inputs, since, given, stepping) if looking else given
+        differentiable = graphs.captured(_tracked(target, aux), inputs, since, given, stepping) if looking else given
         grads = _grads(target, inputs, differentiable)
     if not differentiable:
         loss, aux = loss.detach(), optree.tree_map(_value, aux)
@@ -187,6 +188,11 @@ def _grads(target: Tensor, inputs: list[Tensor], create_graph: bool = False) -> 
 def _dense(grads: Sequence[Tensor | None], leaves: list[Tensor]) -> list[Tensor]:
     pairs = zip(grads, leaves, strict=True)
     return [torch.zeros_like(x) if g is None else g if g.layout is torch.strided else g.to_dense() for g, x in pairs]
+
+
+def _tracked(target: Tensor, aux: Any) -> list[Tensor]:
+    """Returns the loss, and what of aux has a graph."""
+    return [target, *(x for x in optree.tree_leaves(aux) if x.requires_grad)]
 
 
 def _value(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from funcsam import levels, tree
 
@@ -65,12 +66,11 @@ def captured(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since: int, gi
     """
     own = {id(x) for x in inputs}
     seen = {x.grad_fn for x in (*inputs, *outputs)}
-    nodes: list[Any] = [x.grad_fn for x in outputs]
+    nodes: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    nodes += [get_gradient_edge(x).node for x in outputs if x.grad_fn is None and x.requires_grad]
     found, parameter = given, None
     while nodes:
         node = nodes.pop()
-        if node is None:
-            continue
         behind = node.next_functions
         if behind and node._sequence_nr() >= since:
             new = [each for each, _ in behind if each is not None and each not in seen]

@@ -519,3 +519,13 @@ def test_derivatives_of_derivatives_keep_no_graph():
     close(found, quotients(slope, tensor(1.1)), rtol=1e-6)
     assert not found.requires_grad
     assert not value.requires_grad
+
+
+def test_what_is_captured_by_aux_alone_or_is_the_loss():
+    """Neither the gradient nor the rest of the loss depends on it."""
+    x = tracked(2.0)
+    grads_fn = fs.grad_and_value(lambda w: (quartic(w), {"aux": 3 * x, "own": w * 1.0}), has_aux=True)
+    _, (_, aux) = grads_fn(W)
+    close(torch.autograd.grad(aux["aux"], x)[0], tensor(3.0))
+    close(torch.autograd.grad(fs.grad_and_value(lambda w: x)(W)[1], x)[0], tensor(1.0))
+    assert not fs.grad_and_value(lambda w: (quartic(w), w * 1.0), has_aux=True)(W)[1][1].requires_grad
