@@ -10,17 +10,22 @@ meaning:
 """
 
 from funcsam import distributed, ensemble, landscape, measures, nn, torch_optim
-from funcsam.batches import ascent_batch, microbatch
-from funcsam.decay import DecayState, add_decayed_weights
+from funcsam.core import tree
+from funcsam.core.gradients import grad_and_value
+from funcsam.core.schedules import constant, cosine, step_decay, warmup_cosine
+from funcsam.core.transform import Transform, apply_updates, chain, identity, lift
 from funcsam.family.sam import asam, sam, sam_update
-from funcsam.finite import ApplyIfFiniteState, apply_if_finite
-from funcsam.gradients import grad_and_value
-from funcsam.groups import freeze, masked, partition
-from funcsam.loss_scale import LossScaleState, dynamic_loss_scale
-from funcsam.moments import AdamState, TraceState, scale_by_adam, trace
-from funcsam.optimizers import adam, adamw, sgd
-from funcsam.randomness import RandomnessState, common_randomness
-from funcsam.scaling import (
+from funcsam.family.sharpness_aware import SharpnessAwareState, sharpness_aware
+from funcsam.optimizers.adam import adam, adamw
+from funcsam.optimizers.sgd import sgd
+from funcsam.transforms.batches import ascent_batch, microbatch
+from funcsam.transforms.decay import DecayState, add_decayed_weights
+from funcsam.transforms.finite import ApplyIfFiniteState, apply_if_finite
+from funcsam.transforms.groups import freeze, masked, partition
+from funcsam.transforms.loss_scale import LossScaleState, dynamic_loss_scale
+from funcsam.transforms.moments import AdamState, TraceState, scale_by_adam, trace
+from funcsam.transforms.randomness import RandomnessState, common_randomness
+from funcsam.transforms.scaling import (
     ScaleState,
     clip_by_global_norm,
     normalize,
@@ -28,9 +33,6 @@ from funcsam.scaling import (
     scale_by_learning_rate,
     scale_by_magnitude,
 )
-from funcsam.schedules import constant, cosine, step_decay, warmup_cosine
-from funcsam.sharpness import SharpnessAwareState, sharpness_aware
-from funcsam.transform import Transform, apply_updates, chain, identity, lift
 
 __version__ = "0.1.0"
 
@@ -81,5 +83,6 @@ __all__ = [
     "step_decay",
     "torch_optim",
     "trace",
+    "tree",
     "warmup_cosine",
 ]

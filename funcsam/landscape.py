@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from funcsam import checks, graphs, levels, tree
+from funcsam.core import checks, graphs, levels, tree
 
 P = TypeVar("P")
 Coordinates = Tensor | Sequence[float]

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import funcsam as fs
-from funcsam import tree
+from funcsam.core import tree
 from tests.asserts import close, equal
 
 TABLE = Path(__file__).parents[1] / ".ci" / "docs" / "limits.md"

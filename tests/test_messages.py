@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import funcsam as fs
-from funcsam import checks, tree
+from funcsam.core import checks, tree
 
 W = torch.tensor([1.0, 2.0])
 PARAMS = {"w": W, "b": torch.tensor(0.5)}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import funcsam as fs
-from funcsam import tree
+from funcsam.core import tree
 
 
 class Claim(Flag):

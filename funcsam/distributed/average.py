@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from funcsam import checks, levels, shards, tree
-from funcsam.records import factory
-from funcsam.transform import Aux, GradsFn, Kept, State, Transform
+from funcsam.core import checks, levels, shards, tree
+from funcsam.core.records import factory
+from funcsam.core.transform import Aux, GradsFn, Kept, State, Transform
 
 if dist.is_available():  # some builds of torch are without
     import torch.distributed._functional_collectives  # registers the operators

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from funcsam import checks, tree
+from funcsam.core import checks, tree
 
 P = TypeVar("P")
 Folder = str | os.PathLike[str]

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from funcsam import shards, tree
+from funcsam.core import shards, tree
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -2,11 +2,12 @@
 
 from typing import Any, TypeVar
 
-from funcsam import checks, tree
-from funcsam.records import factory
-from funcsam.scaling import normalize, scale, scale_by_magnitude
-from funcsam.sharpness import sharpness_aware
-from funcsam.transform import Aux, GradsFn, State, Transform, chain
+from funcsam.core import checks
+from funcsam.core.masks import Mask
+from funcsam.core.records import factory
+from funcsam.core.transform import Aux, GradsFn, State, Transform, chain
+from funcsam.family.sharpness_aware import sharpness_aware
+from funcsam.transforms.scaling import normalize, scale, scale_by_magnitude
 
 P = TypeVar("P")
 
@@ -50,7 +51,7 @@ def plain_ascent(rho: Any) -> Transform:
 
 
 @factory
-def asam(rho: Any = 2.0, eta: Any = 0.0, mask: tree.Mask = None) -> Transform:
+def asam(rho: Any = 2.0, eta: Any = 0.0, mask: Mask = None) -> Transform:
     """Climbs in a neighbourhood that scales with the params: `e = rho T^2 g / ||T g||`, `T = |w| + eta`.
 
     Two conventions are in use, with radii that differ accordingly. The default is that of the widely copied PyTorch
@@ -85,7 +86,7 @@ def asam(rho: Any = 2.0, eta: Any = 0.0, mask: tree.Mask = None) -> Transform:
     return sharpness_aware(adaptive_ascent(rho, eta, mask))
 
 
-def adaptive_ascent(rho: Any, eta: Any, mask: tree.Mask) -> Transform:
+def adaptive_ascent(rho: Any, eta: Any, mask: Mask) -> Transform:
     """Returns the chain from gradient to perturbation of `asam`."""
     magnitude = scale_by_magnitude(eta, mask)
     return chain(magnitude, normalize(), magnitude, scale(rho))

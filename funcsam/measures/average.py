@@ -4,7 +4,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from funcsam import tree
+from funcsam.core import tree
+from funcsam.core.masks import Mask
 from funcsam.measures.support import Estimate, Loss, checked, estimate, neighbourhood, normal
 
 P = TypeVar("P")
@@ -19,7 +20,7 @@ def average_case_sharpness(
     seed: int = 0,
     adaptive: bool = False,
     eta: float | Tensor = 0.0,
-    mask: tree.Mask = None,
+    mask: Mask = None,
     chunk_size: int | None = None,
 ) -> Estimate:
     """Estimates how far the loss rises on average: `E L(w + e) - L(w)` with `e ~ N(0, rho^2 T^2)`.

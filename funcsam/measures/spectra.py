@@ -7,10 +7,10 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import checks, levels, tree
-from funcsam.gradients import grad_and_value
+from funcsam.core import checks, levels, tree
+from funcsam.core.gradients import grad_and_value
+from funcsam.core.transform import saveable
 from funcsam.measures.support import Estimate, Loss, checked, estimate, generator, rademacher
-from funcsam.transform import saveable
 
 P = TypeVar("P")
 Product = Callable[[Any], Any]

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from funcsam import checks, levels, tree
-from funcsam.transform import saveable
+from funcsam.core import checks, levels, tree
+from funcsam.core.masks import Mask
+from funcsam.core.transform import saveable
 
 P = TypeVar("P")
 Loss = Callable[..., Tensor]
@@ -34,14 +35,14 @@ class Neighbourhood(NamedTuple):
 
     adaptive: bool
     eta: Any
-    mask: tree.Mask
+    mask: Mask
 
     def stretch(self, x: P, params: P) -> P:
         """Returns `T x`."""
         return tree.scale_by_magnitude(x, params, self.eta, self.mask) if self.adaptive else x
 
 
-def neighbourhood(where: str, rho: Any, adaptive: bool, eta: Any, mask: tree.Mask) -> Neighbourhood:
+def neighbourhood(where: str, rho: Any, adaptive: bool, eta: Any, mask: Mask) -> Neighbourhood:
     """Checks a radius and what it is measured in.
 
     Raises:

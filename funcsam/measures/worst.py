@@ -6,11 +6,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from funcsam import checks, tree
-from funcsam.batches import InDims, microbatch, taken_apart
-from funcsam.gradients import grad_and_value
+from funcsam.core import checks, tree
+from funcsam.core.gradients import grad_and_value
+from funcsam.core.masks import Mask
+from funcsam.core.slices import InDims, taken_apart
+from funcsam.core.transform import identity
 from funcsam.measures.support import Loss, Neighbourhood, checked, neighbourhood
-from funcsam.transform import identity
+from funcsam.transforms.batches import microbatch
 
 P = TypeVar("P")
 
@@ -46,7 +48,7 @@ def worst_case_sharpness(
     steps: int = 1,
     adaptive: bool = False,
     eta: float | Tensor = 0.0,
-    mask: tree.Mask = None,
+    mask: Mask = None,
 ) -> Tensor:
     """Returns how far the loss rises in a ball: `max L(w + e) - L(w)` over `||T^-1 e|| <= rho`, approached from below.
 
@@ -131,7 +133,7 @@ def m_sharpness(
     steps: int = 1,
     adaptive: bool = False,
     eta: float | Tensor = 0.0,
-    mask: tree.Mask = None,
+    mask: Mask = None,
     in_dims: InDims = 0,
     chunk_size: int | None = None,
 ) -> Tensor:

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from funcsam import checks, tree
+from funcsam.core import checks, tree
+from funcsam.core.transform import Transform
 from funcsam.family.sam import adaptive_ascent, plain_ascent
-from funcsam.sharpness import Combine, check_ascent
+from funcsam.family.sharpness_aware import Combine, check_ascent
 from funcsam.torch_optim.front import KEY, Closure, Front, Params, add, clones, copy
-from funcsam.transform import Transform
 
 FirstPass = Literal["auto", "closure", "gradients"]
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from funcsam.core.transform import Transform
 from funcsam.torch_optim.front import KEY, Closure, Front, Params, add, clones, copy
-from funcsam.transform import Transform
 
 
 class Optimizer(Front):

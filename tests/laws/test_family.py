@@ -9,7 +9,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import funcsam as fs
-from funcsam import tree
+from funcsam.core import tree
 from tests.asserts import close, equal
 from tests.strategies import (
     LOSSES,

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import funcsam as fs
-from funcsam import tree
+from funcsam.core import tree
 from tests.asserts import close, equal
 from tests.strategies import Problem, ascent, call, flat, positives, problems, run, structural
 from tests.zoo import Claim, claiming, each

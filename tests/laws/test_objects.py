@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import funcsam as fs
-from funcsam import tree
+from funcsam.core import tree
 from funcsam.torch_optim import SharpnessAware
 from tests.asserts import equal
 from tests.strategies import LOSSES, Problem, call, run
@@ -215,7 +215,7 @@ def test_signatures():
     """Stay as they were written."""
     assert list(inspect.signature(fs.sgd).parameters) == ["lr", "momentum", "dampening", "weight_decay", "nesterov"]
     assert list(inspect.signature(fs.Transform).parameters) == ["init", "update", "state", "inside"]
-    assert (fs.sgd.__name__, fs.sgd.__module__) == ("sgd", "funcsam.optimizers")
+    assert (fs.sgd.__name__, fs.sgd.__module__) == ("sgd", "funcsam")
 
 
 def test_a_chain_of_one_keeps_its_name():
@@ -394,3 +394,12 @@ def test_an_ascent_that_probes_is_refused(name):
 def test_other_ascents_are_taken(ascent):
     """All that map gradients, and what nobody can know of."""
     call(fs.sharpness_aware(ascent), PROBLEM)
+
+
+def test_files_name_public_places():
+    """What files of states and transforms name is where users find it, whichever module it is written in."""
+    modules = [fs, *(module for module in vars(fs).values() if inspect.ismodule(module) and hasattr(module, "__all__"))]
+    found = [(m, name, getattr(m, name)) for m in modules for name in m.__all__]
+    saved = [x for x in found if (isinstance(x[2], type) and issubclass(x[2], tuple)) or hasattr(x[2], "__wrapped__")]
+    assert len(saved) > 30
+    assert [name for m, name, x in saved if (x.__module__, x.__name__) != (m.__name__, name)] == []

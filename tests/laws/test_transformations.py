@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 import funcsam as fs
-from funcsam import tree
+from funcsam.core import tree
 from tests.asserts import close
 from tests.strategies import LOSSES, Problem, ensembles, flat, member, problems, run, stack, structural, trees
 from tests.zoo import ZOO, Claim, claiming, each, with_numbers

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given
 
 import funcsam as fs
-from funcsam import tree
+from funcsam.core import tree
 from tests.asserts import close
 from tests.strategies import LOSSES, Problem, flat, positives, problems, run, trees
 

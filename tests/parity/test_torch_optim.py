@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given
 
 import funcsam as fs
-from funcsam import tree
+from funcsam.core import tree
 from tests.asserts import close, equal
 from tests.strategies import call, flat, problems, run, structural
 

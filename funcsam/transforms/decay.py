@@ -4,10 +4,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funcsam import checks, schedules, tree
-from funcsam.records import factory
-from funcsam.schedules import ScalarOrSchedule
-from funcsam.transform import State, Transform, lift, saveable
+from funcsam.core import checks, schedules, tree
+from funcsam.core.masks import Mask
+from funcsam.core.records import factory
+from funcsam.core.schedules import ScalarOrSchedule
+from funcsam.core.transform import State, Transform, lift, saveable
 
 
 @saveable
@@ -22,7 +23,7 @@ class DecayState(NamedTuple):
 
 
 @factory
-def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: tree.Mask = None) -> Transform:
+def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask = None) -> Transform:
     """Adds the decayed params to the gradients: `u = g + weight_decay w`.
 
     Its place in the chain is its meaning: before `sam` it is L2 inside the loss, at `w` and at `w + e`; after `sam` it

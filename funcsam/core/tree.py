@@ -1,8 +1,7 @@
-"""Arithmetic on pytrees of tensors: the only place that knows about foreach kernels, dtypes and DTensors.
+"""Arithmetic on pytrees of tensors.
 
 Every function returns new trees, keeps each leaf's dtype, device and layout, and works under `vmap`, `torch.func.grad`
-and `torch.compile`. Where neither a `torch.func` level nor the compiler is active, the fused `torch._foreach` kernels
-do the work (they have no `vmap` rule); otherwise one operation per leaf does.
+and `torch.compile`. A factor is a number or a tensor of shape (). Leaves may be DTensors.
 """
 
 import operator
@@ -14,15 +13,32 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from funcsam import checks, levels, shards
+from funcsam.core import checks, kernels, levels, masks, shards
+from funcsam.core.kernels import Scalar
+from funcsam.core.masks import Mask
+
+__all__ = [
+    "add",
+    "add_scaled",
+    "all_finite",
+    "divide",
+    "lerp",
+    "map",
+    "maximum",
+    "multiply",
+    "norm",
+    "reciprocal",
+    "scale",
+    "shift",
+    "sqrt",
+    "where",
+    "zeros_like",
+]
 
 P = TypeVar("P")
 Tree = Any
-Scalar = float | Tensor
-Mask = Any
 
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def flatten(x: Any) -> tuple[list[Tensor], optree.PyTreeSpec]:
@@ -77,19 +93,10 @@ def _alike(
     return leaves
 
 
-def _cast(leaves: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    return [x if x.dtype is y.dtype else x.to(y.dtype) for x, y in zip(leaves, like, strict=True)]
-
-
-def _each(fast: Callable[..., Any] | None, slow: Callable[..., Tensor], x: P, *rest: Tree) -> P:
-    """Applies one foreach kernel, or the operation on each leaf, and casts back to the dtypes of `x`."""
+def _each(fused: Callable[..., Any] | None, single: Callable[..., Tensor], x: P, *rest: Tree) -> P:
+    """Applies one fused kernel, or the operation on each leaf, and casts back to the dtypes of `x`."""
     xs, spec = flatten(x)
-    others = [_alike(tree, xs, spec) for tree in rest]
-    if xs and fast is not None and levels.eager():
-        out = shards.fused(fast, xs, *others)
-    else:
-        out = [slow(*leaves) for leaves in zip(xs, *others, strict=True)]
-    return unflatten(spec, _cast(out, xs), x)
+    return unflatten(spec, kernels.each(fused, single, xs, *(_alike(tree, xs, spec) for tree in rest)), x)
 
 
 def map(fn: Callable[..., Tensor], x: P, *rest: Tree) -> P:
@@ -106,13 +113,13 @@ def zeros_like(x: P) -> P:
 def widened(x: P) -> P:
     """Returns leaves of half precision in float32, and others as they are."""
     xs, spec = flatten(x)
-    return unflatten(spec, [a.float() if a.dtype in _HALF else a for a in xs], x)
+    return unflatten(spec, [a.float() if a.dtype in kernels.HALF else a for a in xs], x)
 
 
 def cast(x: P, like: Tree) -> P:
     """Returns `x` in the dtypes of another tree."""
     xs, spec = flatten(x)
-    return unflatten(spec, _cast(xs, flatten(like)[0]), x)
+    return unflatten(spec, kernels.cast(xs, flatten(like)[0]), x)
 
 
 def device(x: Tree) -> torch.device:
@@ -129,9 +136,7 @@ def add(x: P, y: P, where: str = "step", what: str = "state") -> P:
     """Returns `x + y`; an error speaks of `y` as `what`."""
     xs, spec = flatten(x)
     ys = _alike(y, xs, spec, where, what)
-    fast = xs and levels.eager()
-    out = shards.fused(torch._foreach_add, xs, ys) if fast else [a + b for a, b in zip(xs, ys, strict=True)]
-    return unflatten(spec, _cast(out, xs), x)
+    return unflatten(spec, kernels.each(torch._foreach_add, operator.add, xs, ys), x)
 
 
 def multiply(x: P, y: P) -> P:
@@ -163,14 +168,14 @@ def _sqrt(x: Tensor) -> Tensor:
 def shift(x: P, number: Scalar) -> P:
     """Returns `x + number`."""
     if isinstance(number, Tensor):
-        return map(lambda a: a + _on(number, a), x)
+        return map(lambda a: a + kernels.on(number, a), x)
     return _each(lambda xs: torch._foreach_add(xs, number), lambda a: a + number, x)
 
 
 def lerp(x: P, y: P, weight: Scalar) -> P:
     """Returns `x + weight (y - x)`."""
     if isinstance(weight, Tensor):
-        return map(lambda a, b: a + _on(weight, a) * (b - a), x, y)
+        return map(lambda a, b: a + kernels.on(weight, a) * (b - a), x, y)
     return _each(lambda xs, ys: torch._foreach_lerp(xs, ys, weight), lambda a, b: torch.lerp(a, b, weight), x, y)
 
 
@@ -190,35 +195,20 @@ def like_views(x: P, like: Tree) -> P:
 
 
 def _scaled(x: Tensor, factor: Scalar) -> Tensor:
-    if x.dtype in _HALF:  # a float32 factor such as 1/||g|| may lie outside the range of float16
-        return (x.float() * _on(factor, x)).to(x.dtype)
-    return (x * _on(factor, x)).to(x.dtype)
-
-
-def _on(factor: Scalar, x: Tensor) -> Scalar:
-    return factor.to(x.device) if isinstance(factor, Tensor) and factor.device != x.device else factor
-
-
-def _uniform(factor: Scalar, leaves: Sequence[Tensor]) -> bool:
-    """Tells whether one foreach kernel may multiply the leaves by the factor."""
-    dtype, device = leaves[0].dtype, leaves[0].device
-    fits = not isinstance(factor, Tensor) or (
-        factor.dtype is dtype
-        and factor.device == device
-        and not factor.requires_grad  # by which there is no derivative
-    )
-    return fits and all(x.dtype is dtype and x.device == device for x in leaves) and dtype not in _HALF
+    if x.dtype in kernels.HALF:  # a float32 factor such as 1/||g|| may lie outside the range of float16
+        return (x.float() * kernels.on(factor, x)).to(x.dtype)
+    return (x * kernels.on(factor, x)).to(x.dtype)
 
 
 def scale(factor: Tree, x: P) -> P:
     """Returns `factor * x`; the factor is a number, a tensor of shape () or a prefix tree of them."""
     xs, spec = flatten(x)
     if isinstance(factor, float | int | Tensor):
-        if xs and levels.eager() and _uniform(factor, xs):
+        if kernels.fusable(xs) and kernels.uniform(factor, xs):
             return unflatten(spec, shards.fused(lambda xs: torch._foreach_mul(xs, factor), xs), x)
         factors = [factor] * len(xs)
     else:
-        factors = broadcast(factor, x)
+        factors = masks.broadcast(factor, x)
     return unflatten(spec, [_scaled(a, s) for a, s in zip(xs, factors, strict=True)], x)
 
 
@@ -226,11 +216,11 @@ def add_scaled(x: P, factor: Scalar, y: P, mask: Mask = None) -> P:
     """Returns `x + factor * y`, and `x` itself where the mask is False."""
     xs, spec = flatten(x)
     ys = _alike(y, xs, spec)
-    if xs and levels.eager() and mask is None and isinstance(factor, float | int):
-        return unflatten(spec, _cast(shards.fused(torch._foreach_add, xs, ys, alpha=factor), xs), x)
-    chosen = [True] * len(xs) if mask is None else masks(mask, y)
+    if mask is None and isinstance(factor, float | int) and kernels.fusable(xs):
+        return unflatten(spec, kernels.cast(shards.fused(torch._foreach_add, xs, ys, alpha=factor), xs), x)
+    chosen = [True] * len(xs) if mask is None else masks.masks(mask, y)
     out = [_add_scaled(a, factor, b) if on else a for a, b, on in zip(xs, ys, chosen, strict=True)]
-    return unflatten(spec, _cast(out, xs), x)
+    return unflatten(spec, kernels.cast(out, xs), x)
 
 
 def _add_scaled(x: Tensor, factor: Scalar, y: Tensor) -> Tensor:
@@ -243,16 +233,17 @@ def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:
     """Returns `(|w| + eta) x` in the dtypes of `x`, and `x` itself where the mask is False."""
     xs, spec = flatten(x)
     ws = _alike(w, xs, spec)
-    if xs and levels.eager() and mask is None and isinstance(eta, float | int):
+    if mask is None and isinstance(eta, float | int) and kernels.fusable(xs):
         sizes = shards.fused(torch._foreach_abs, ws)
         if eta:
             sizes = shards.fused(lambda sizes: torch._foreach_add(sizes, eta), sizes)
-        return unflatten(spec, _cast(shards.fused(torch._foreach_mul, xs, sizes), xs), x)
-    etas = [eta] * len(xs) if isinstance(eta, float | int | Tensor) else broadcast(eta, x)
+        return unflatten(spec, kernels.cast(shards.fused(torch._foreach_mul, xs, sizes), xs), x)
+    etas = [eta] * len(xs) if isinstance(eta, float | int | Tensor) else masks.broadcast(eta, x)
     out = [
-        a * (b.abs() + _on(shift, b)) if on else a for a, b, shift, on in zip(xs, ws, etas, masks(mask, w), strict=True)
+        a * (b.abs() + kernels.on(shift, b)) if on else a
+        for a, b, shift, on in zip(xs, ws, etas, masks.masks(mask, w), strict=True)
     ]
-    return unflatten(spec, _cast(out, xs), x)
+    return unflatten(spec, kernels.cast(out, xs), x)
 
 
 def all_finite(x: Tree) -> Tensor:
@@ -283,7 +274,7 @@ def norm(x: Tree) -> Tensor:
         return torch.zeros((), dtype=torch.float32, device=device(x))
     if shards.among(leaves):
         return shards.total(leaves, _square).sqrt()
-    if levels.eager() and not any(leaf.dtype in _HALF for leaf in leaves):
+    if levels.eager() and not any(leaf.dtype in kernels.HALF for leaf in leaves):
         norms = list(torch._foreach_norm(leaves))
     else:
         norms = [_norm(leaf) for leaf in leaves]
@@ -302,7 +293,7 @@ def _square(leaves: list[Tensor]) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return vector_norm(x, dtype=torch.float32 if x.dtype in _HALF else None)
+    return vector_norm(x, dtype=torch.float32 if x.dtype in kernels.HALF else None)
 
 
 def reciprocal(x: Tensor) -> Tensor:
@@ -319,42 +310,3 @@ def real_dtype(x: Tree) -> torch.dtype:
     for leaf in optree.tree_leaves(x):
         dtype = torch.promote_types(dtype, (leaf.real if leaf.is_complex() else leaf).dtype)
     return dtype
-
-
-def broadcast(prefix: Tree, x: Tree) -> list[Any]:
-    """Spreads a prefix tree over the leaves of `x`."""
-    try:
-        return optree.broadcast_prefix(prefix, x)
-    except ValueError as error:
-        raise ValueError(f"tree: a prefix tree must match the structure of `params`, got {prefix!r}: {error}") from None
-
-
-def spread(what: Tree, x: Tree) -> list[Any]:
-    """Spreads a prefix tree, or a function of path and leaf, over the leaves of `x`.
-
-    Args:
-        what: A prefix tree, or a function of path and leaf, where the path is a tuple of keys and indices such as
-            `("layers", 0, "bias")`.
-        x: The tree whose leaves it is spread over.
-    """
-    if not callable(what):
-        return broadcast(what, x)
-    named, leaves, _ = optree.tree_flatten_with_path(x)
-    return [what(path, leaf) for path, leaf in zip(named, leaves, strict=True)]
-
-
-def masks(mask: Mask, x: Tree) -> list[bool]:
-    """Spreads a mask over the leaves of `x`; True means that the transform applies.
-
-    Args:
-        mask: `None` (every leaf), a prefix tree of booleans, or a function of path and leaf.
-        x: The tree whose leaves it is spread over.
-    """
-    if mask is None:
-        return [True] * len(optree.tree_leaves(x))
-    chosen = spread(mask, x)
-    for position, on in enumerate(chosen):
-        if not isinstance(on, bool):
-            path = checks.paths(x)[position]
-            raise TypeError(f"tree: a `mask` must hold booleans, got {type(on).__name__} at {path}.")
-    return chosen

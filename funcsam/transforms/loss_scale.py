@@ -5,10 +5,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from funcsam import checks, tree
-from funcsam.finite import kept
-from funcsam.records import factory
-from funcsam.transform import Aux, GradsFn, Kept, State, Transform, saveable
+from funcsam.core import checks, tree
+from funcsam.core.records import factory
+from funcsam.core.transform import Aux, GradsFn, Kept, State, Transform, saveable
+from funcsam.transforms.finite import kept
 
 P = TypeVar("P")
 

@@ -7,10 +7,11 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import checks, schedules, tree
-from funcsam.records import factory
-from funcsam.schedules import ScalarOrSchedule
-from funcsam.transform import State, Transform, lift, saveable
+from funcsam.core import checks, schedules, tree
+from funcsam.core.masks import Mask
+from funcsam.core.records import factory
+from funcsam.core.schedules import ScalarOrSchedule
+from funcsam.core.transform import State, Transform, lift, saveable
 
 
 @saveable
@@ -73,6 +74,7 @@ def normalize() -> Transform:
 
     A zero gradient gives zero; one entry that is NaN or infinite makes every entry NaN.
 
+    >>> import torch
     >>> normalize().update(torch.tensor([1.0, 2.0]), lambda w: torch.tensor([3.0, 4.0]), ())[0]
     tensor([0.6000, 0.8000])
     """
@@ -84,7 +86,7 @@ def normalize() -> Transform:
 
 
 @factory
-def scale_by_magnitude(eta: Any = 0.0, mask: tree.Mask = None) -> Transform:
+def scale_by_magnitude(eta: Any = 0.0, mask: Mask = None) -> Transform:
     """Multiplies gradients by the magnitude of the params: `u = T g` with `T = |w| + eta`.
 
     Args:

@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funcsam import checks, schedules, tree
-from funcsam.records import factory
-from funcsam.schedules import ScalarOrSchedule
-from funcsam.transform import State, Transform, lift, saveable
+from funcsam.core import checks, schedules, tree
+from funcsam.core.records import factory
+from funcsam.core.schedules import ScalarOrSchedule
+from funcsam.core.transform import State, Transform, lift, saveable
 
 
 @saveable
@@ -42,7 +42,7 @@ def trace(decay: ScalarOrSchedule = 0.9, *, dampening: ScalarOrSchedule = 0.0, n
         Sutskever et al., 2013, equations 3 and 4, with the learning rate outside the sum.
     """
     checks.share("trace", decay=decay, dampening=dampening)
-    damped = not isinstance(dampening, float | int) or dampening != 0
+    damped = schedules.nonzero(dampening)
     if nesterov and damped:
         raise ValueError(f"trace: `dampening` must be 0 with `nesterov`, got {dampening}.")
 

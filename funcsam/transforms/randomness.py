@@ -8,9 +8,9 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import levels, tree
-from funcsam.records import factory
-from funcsam.transform import Aux, GradsFn, State, Transform, kind_of, saveable
+from funcsam.core import levels, tree
+from funcsam.core.records import factory
+from funcsam.core.transform import Aux, GradsFn, State, Transform, kind_of, saveable
 
 P = TypeVar("P")
 

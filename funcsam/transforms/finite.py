@@ -6,9 +6,9 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import tree
-from funcsam.records import factory
-from funcsam.transform import Aux, GradsFn, State, Transform, saveable
+from funcsam.core import tree
+from funcsam.core.records import factory
+from funcsam.core.transform import Aux, GradsFn, State, Transform, saveable
 
 P = TypeVar("P")
 
@@ -46,6 +46,7 @@ def apply_if_finite(inner: Transform) -> Transform:
     Raises:
         TypeError: If `inner` is not a `Transform`.
 
+    >>> import torch
     >>> from funcsam import identity
     >>> tx = apply_if_finite(identity())
     >>> tx.update(torch.tensor(0.0), lambda w: 1 / w, tx.init(torch.tensor(0.0)))[:2]

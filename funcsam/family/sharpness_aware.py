@@ -5,9 +5,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from funcsam import checks, levels, tree
-from funcsam.records import factory
-from funcsam.transform import Aux, GradsFn, State, Transform, saveable
+from funcsam.core import checks, levels, tree
+from funcsam.core.records import factory
+from funcsam.core.transform import Aux, GradsFn, State, Transform, saveable
 
 P = TypeVar("P")
 Combine = Callable[[Any, Any], Any]

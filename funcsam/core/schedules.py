@@ -12,8 +12,8 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import checks, levels
-from funcsam.records import Recorded, equal, factory
+from funcsam.core import checks, levels
+from funcsam.core.records import Recorded, equal, factory
 
 Number = float | Tensor
 Schedule = Callable[[Tensor], Any]
@@ -26,6 +26,11 @@ def at(value: Any, step: Tensor) -> Any:
     if isinstance(value, float | int | Tensor):
         return value
     return optree.tree_map(lambda leaf: leaf(step) if callable(leaf) else leaf, value)
+
+
+def nonzero(value: Any) -> bool:
+    """Tells whether a hyperparameter may be other than zero: anything but the number 0."""
+    return not isinstance(value, float | int) or value != 0
 
 
 class _Schedule(Recorded):
@@ -52,6 +57,7 @@ def _real(step: Tensor) -> Tensor:
 def constant(value: Number) -> Schedule:
     """Returns `value` at every step.
 
+    >>> import torch
     >>> constant(0.1)(torch.tensor(7)).item()
     0.1
     """
@@ -71,6 +77,7 @@ def step_decay(
         factor: What each milestone multiplies by, non-negative. 0.2 in the Wide ResNet recipe.
         milestones: Fractions of the run, in [0, 1]. The step `ceil(fraction * total_steps)` is the first decayed one.
 
+    >>> import torch
     >>> [round(step_decay(1.0, 10)(torch.tensor(k)).item(), 3) for k in (0, 2, 3, 6, 8, 99)]
     [1.0, 1.0, 0.2, 0.04, 0.008, 0.008]
 
@@ -103,6 +110,7 @@ def cosine(value: Number, total_steps: int, end: float = 0.0) -> Schedule:
         total_steps: The step `T` at which it reaches `end`.
         end: Where it ends, non-negative.
 
+    >>> import torch
     >>> [round(cosine(1.0, 4)(torch.tensor(k)).item(), 3) for k in (0, 2, 4, 9)]
     [1.0, 0.5, 0.0, 0.0]
 
@@ -129,6 +137,7 @@ def warmup_cosine(value: Number, warmup_steps: int, total_steps: int, end: float
         total_steps: Length of the whole run, the rise included.
         end: Where it ends, non-negative.
 
+    >>> import torch
     >>> [round(warmup_cosine(1.0, 2, 6)(torch.tensor(k)).item(), 3) for k in (0, 1, 2, 4, 6)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """

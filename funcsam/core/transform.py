@@ -14,8 +14,8 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam import checks, graphs, levels, tree
-from funcsam.records import Recorded, factory, leaves
+from funcsam.core import checks, graphs, levels, tree
+from funcsam.core.records import Recorded, factory, home, leaves
 
 P = TypeVar("P")
 State = Any
@@ -33,6 +33,7 @@ C = TypeVar("C", bound=type)
 
 def saveable(cls: C) -> C:
     """Lets `torch.load(weights_only=True)` read states that hold this NamedTuple, whose tensors have shape ()."""
+    cls.__module__ = home(cls.__module__)
     torch.serialization.add_safe_globals([cls])
     cast(Any, cls)._scalars = tuple(name for name, hint in cls.__annotations__.items() if hint is Tensor)
     return cls
@@ -239,6 +240,7 @@ def lift(init: Init, update: PlainUpdate, state: StateClass = None) -> Transform
     Raises:
         TypeError: If an argument is of the wrong type.
 
+    >>> import torch
     >>> halve = lift(lambda params: (), lambda grads, state, params: (tree.scale(0.5, grads), state))
     >>> halve.update(torch.tensor(3.0), torch.func.grad(lambda w: w * w), ())
     (tensor(3.), (), ())

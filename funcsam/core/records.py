@@ -16,6 +16,14 @@ Q = ParamSpec("Q")
 M = TypeVar("M")
 
 
+def home(module: str) -> str:
+    """Returns the public module that a private one belongs to: where files that hold its objects look for them."""
+    package, inside, *_ = *module.split("."), ""
+    if package != "funcsam":
+        return module
+    return package if inside in ("", "core", "transforms", "family", "optimizers") else f"{package}.{inside}"
+
+
 class Recorded:
     """An object that remembers its factory and what that was given. Without a factory, it is its class."""
 
@@ -63,6 +71,7 @@ def factory(make: Callable[Q, M]) -> Callable[Q, M]:
         made._record = (recorded, args, kwargs)  # bound to names when they are asked for: the compiler cannot do that
         return made  # type: ignore[no-any-return]
 
+    recorded.__module__ = home(make.__module__)
     return recorded
 
 

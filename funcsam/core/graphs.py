@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from funcsam import levels, tree
+from funcsam.core import levels, tree
 
 
 def clock() -> int:

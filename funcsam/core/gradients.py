@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
-from funcsam import checks, graphs, levels, tree
+from funcsam.core import checks, graphs, levels, tree
 
 P = TypeVar("P")
 Loss = Callable[..., Any]

@@ -6,9 +6,10 @@ from typing import Any, TypeVar
 import optree
 import torch
 
-from funcsam import checks, tree
-from funcsam.records import factory
-from funcsam.transform import Aux, GradsFn, State, Transform, identity, kind_of, lift
+from funcsam.core import checks, masks, tree
+from funcsam.core.masks import Mask
+from funcsam.core.records import factory
+from funcsam.core.transform import Aux, GradsFn, State, Transform, identity, kind_of, lift
 
 P = TypeVar("P")
 Labels = Any
@@ -58,7 +59,7 @@ def partition(labels: Labels, transforms: Mapping[Any, Transform]) -> Transform:
         ValueError: If a label has no transform, or the labels do not fit the params.
 
     >>> import torch
-    >>> from funcsam.scaling import scale
+    >>> from funcsam.transforms.scaling import scale
     >>> tx = partition({"w": "fast", "b": "slow"}, {"fast": scale(-1.0), "slow": scale(-0.5)})
     >>> w = {"w": torch.tensor(1.0), "b": torch.tensor(1.0)}
     >>> tx.update(w, torch.func.grad(lambda w: 2 * w["w"] + 2 * w["b"]), tx.init(w))[0]
@@ -70,7 +71,7 @@ def partition(labels: Labels, transforms: Mapping[Any, Transform]) -> Transform:
             raise TypeError(f"partition: `transforms` must hold Transforms, got {got}.")
 
     def spread(params: Any) -> list[Any]:
-        found = tree.spread(labels, params)
+        found = masks.spread(labels, params)
         for position, label in enumerate(found):
             if label not in transforms:
                 path = checks.paths(params)[position]
@@ -125,7 +126,7 @@ def _own(group: _Group, params: P, grads_fn: GradsFn, batch: tuple[Any, ...], gr
 
 
 @factory
-def masked(inner: Transform, mask: tree.Mask) -> Transform:
+def masked(inner: Transform, mask: Mask) -> Transform:
     """Applies a transform where the mask is True; elsewhere gradients pass on unchanged, as in optax.
 
     `masked(sam(rho), mask)` perturbs the leaves of the mask only, by `rho` in their own norm. The others get a
@@ -142,11 +143,11 @@ def masked(inner: Transform, mask: tree.Mask) -> Transform:
     """
     if not isinstance(inner, Transform):
         raise TypeError(f"masked: `inner` must be a Transform, got {type(inner).__name__}.")
-    return _partition(lambda params: tree.masks(mask, params), {True: inner, False: identity()})
+    return _partition(lambda params: masks.masks(mask, params), {True: inner, False: identity()})
 
 
 @factory
-def freeze(mask: tree.Mask = None) -> Transform:
+def freeze(mask: Mask = None) -> Transform:
     """Replaces gradients by zero where the mask is True: at the end of a chain those params stay as they are.
 
     In an ascent chain it gives those params a perturbation of exactly zero.
@@ -160,7 +161,7 @@ def freeze(mask: tree.Mask = None) -> Transform:
 
     def update(grads: Any, state: State, params: Any) -> tuple[Any, State]:
         leaves, spec = tree.flatten(grads)
-        frozen = zip(leaves, tree.masks(mask, params), strict=True)
+        frozen = zip(leaves, masks.masks(mask, params), strict=True)
         return tree.unflatten(spec, [torch.zeros_like(g) if on else g for g, on in frozen], grads), state
 
     return lift(lambda params: (), update, ())

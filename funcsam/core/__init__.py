@@ -1,0 +1,1 @@
+"""What everything stands on: the algebra, gradients, arithmetic on trees, schedules and checks."""

@@ -1,0 +1,77 @@
+"""Batches taken apart along an axis: slices of examples, or the members of an ensemble."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import optree
+from torch import Tensor
+
+from funcsam.core import tree
+
+InDims = Any
+"""An axis for every argument of the batch, as in `torch.vmap`: a whole number, or a tuple with a whole number, `None`
+(not sliced) or a prefix tree of these for each argument."""
+
+
+class Batch(NamedTuple):
+    """A batch taken apart: its leaves, where each is sliced (`None`: not at all), and how many examples there are."""
+
+    leaves: list[Any]
+    axes: list[int | None]
+    spec: optree.PyTreeSpec
+    size: int
+
+    def put(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Returns a batch of other leaves."""
+        whole: Any = optree.tree_unflatten(self.spec, leaves)
+        return tuple(whole)
+
+    def part(self, start: int, size: int) -> list[Any]:
+        """Returns the leaves of some consecutive examples."""
+        pairs = zip(self.leaves, self.axes, strict=True)
+        return [leaf if axis is None else leaf.narrow(axis, start, size) for leaf, axis in pairs]
+
+
+def taken_apart(where: str, batch: tuple[Any, ...], in_dims: InDims) -> Batch:
+    """Takes a batch apart.
+
+    Raises:
+        TypeError: If what is to be sliced is not a tensor.
+        ValueError: If `in_dims` does not fit the batch, or leaves nothing to slice.
+    """
+    if isinstance(in_dims, tuple) and len(in_dims) != len(batch):
+        raise ValueError(
+            f"{where}: `in_dims` must have one entry per argument of the batch, got {len(in_dims)} for {len(batch)}."
+        )
+    given: Any = batch
+    leaves: list[Any]
+    leaves, spec = optree.tree_flatten(given, is_leaf=tree.empty, none_is_leaf=True)
+    try:
+        axes: list[Any] = optree.broadcast_prefix(in_dims, given, is_leaf=tree.empty, none_is_leaf=True)
+    except ValueError as error:
+        raise ValueError(f"{where}: `in_dims` must fit the batch, got {in_dims}: {error}") from None
+    sizes: dict[int, str] = {}
+    axes = [None if tree.empty(leaf) else axis for leaf, axis in zip(leaves, axes, strict=True)]
+    for position, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)):
+        if axis is None:
+            continue
+        path = optree.tree_paths(given, is_leaf=tree.empty, none_is_leaf=True)[position]
+        place = f"argument {path[0]}" + "".join(f"[{key!r}]" for key in path[1:])
+        if not isinstance(leaf, Tensor):
+            hint = "Give it None in `in_dims`."
+            raise TypeError(f"{where}: the batch must hold tensors, got {type(leaf).__name__} at {place}. {hint}")
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(f"{where}: `in_dims` must hold whole numbers or None, got {type(axis).__name__}.")
+        if not -leaf.ndim <= axis < leaf.ndim:
+            got = f"{axis} for shape {tuple(leaf.shape)} at {place}"
+            raise ValueError(f"{where}: `in_dims` must be axes of the batch, got {got}.")
+        sizes.setdefault(leaf.shape[axis], place)
+    if not sizes:
+        raise ValueError(
+            f"{where}: the batch must have something to slice, got in_dims {in_dims} for {len(batch)} arguments. "
+            "Pass the batch to `step`, not around it."
+        )
+    if len(sizes) > 1:
+        got = " and ".join(f"{size} at {place}" for size, place in list(sizes.items())[:2])
+        raise ValueError(f"{where}: the batch must have one size along `in_dims`, got {got}.")
+    return Batch(leaves, axes, spec, next(iter(sizes)))

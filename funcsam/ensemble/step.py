@@ -1,0 +1,192 @@
+"""One step of many models at once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from funcsam.core import checks, levels, tree
+from funcsam.core.records import factory
+from funcsam.core.slices import taken_apart
+from funcsam.core.transform import Aux, GradsFn, State, Transform, misfit
+from funcsam.ensemble.members import size, stack
+
+P = TypeVar("P")
+Randomness = Literal["same", "different", "error"]
+
+
+@factory
+def vectorize(
+    tx: Transform | Callable[..., Transform],
+    hyper: Mapping[str, Any] | None = None,
+    in_dims: Any = 0,
+    chunk_size: int | None = None,
+    randomness: Randomness = "different",
+) -> Transform:
+    """Applies a transform to every member of an ensemble at once.
+
+    `init`, `update` and `step` take stacked trees, and the `grads_fn` of one member. Each member takes the step it
+    would take alone: what happens to one, NaN included, does not reach the others.
+
+    Args:
+        tx: A transform, or with `hyper` a function that makes one.
+        hyper: Hyperparameters that differ between the members, stacked: `{"rho": torch.tensor([0.05, 0.1])}` for
+            `lambda rho: chain(sam(rho), sgd(0.1))`. A sweep is one run.
+        in_dims: The axis of the members for each argument of the batch, as in `torch.vmap`: 0 for buffers and for
+            batches of their own, `None` for a batch that they share. A shared tensor that comes back in `aux` as it
+            was given (a frozen base) stays one tensor; shared buffers that are written to come back one per member.
+        chunk_size: How many members are computed at once; `None` takes all. Fewer take less memory for activations; 1
+            takes them in a plain loop, for modules that `vmap` cannot batch and for activation checkpointing.
+        randomness: Whether members draw different random numbers (dropout masks), the same, or none.
+
+    Raises:
+        TypeError: If `tx` is not a `Transform`, or with `hyper` not a function.
+        ValueError: If the numbers of members differ.
+
+    >>> import torch
+    >>> from funcsam import sgd
+    >>> tx = vectorize(lambda lr: sgd(lr), {"lr": torch.tensor([0.5, 0.25])})
+    >>> w = torch.tensor([2.0, 2.0])
+    >>> tx.step(w, torch.func.grad(lambda w: 0.5 * w**2), tx.init(w))[0]
+    tensor([1.0000, 1.5000])
+    """
+    if hyper is None and not isinstance(tx, Transform):
+        hint = " Give `hyper` for a function that makes one." if callable(tx) else ""
+        raise TypeError(f"vectorize: `tx` must be a Transform, got {type(tx).__name__}.{hint}")
+    if hyper is not None:
+        if isinstance(tx, Transform):
+            raise TypeError("vectorize: `tx` must be a function from `hyper` to a Transform, got a Transform.")
+        checks.function("vectorize", tx=tx)
+        size(dict(hyper), "vectorize", "hyper")
+    if chunk_size is not None:
+        checks.count("vectorize", chunk_size=chunk_size)
+    if randomness not in ("same", "different", "error"):
+        raise ValueError(f'vectorize: `randomness` must be "same", "different" or "error", got {randomness!r}.')
+    numbers = dict(hyper or {})
+    across: dict[str, Any] = {"chunk_size": chunk_size, "randomness": randomness}
+
+    def made(numbers: dict[str, Any]) -> Transform:
+        transform = tx if isinstance(tx, Transform) else tx(**numbers)
+        if not isinstance(transform, Transform):
+            raise TypeError(f"vectorize: `tx` must return a Transform, got {type(transform).__name__}.")
+        return transform
+
+    def members(params: Any) -> None:
+        size((params, numbers) if numbers else params, "vectorize", "params")
+
+    def start(params: Any) -> State:
+        members(params)
+        state = torch.vmap(lambda numbers, params: made(numbers)._init(params), **across)(numbers, params)
+        # What does not depend on the params comes out as one entry seen many times; a compiled step would be traced
+        # again once it is written out.
+        return optree.tree_map(lambda leaf: leaf.contiguous(), state)
+
+    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+        members(params)
+        _check_stacked(params, state)
+        if isinstance(in_dims, tuple) and len(in_dims) != len(batch):
+            got = f"{len(in_dims)} for {len(batch)}"
+            raise ValueError(f"vectorize: `in_dims` must have one entry per argument of the batch, got {got}.")
+
+        def one(numbers: Any, params: P, state: State, *batch: Any) -> tuple[P, State, Aux]:
+            transform = made(numbers)
+            transform._check(state)
+            return transform._update(params, grads_fn, state, *batch)
+
+        dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(batch)
+        given, axes = (numbers, params, state, *batch), (0, 0, 0, *dims)
+        shared = _shared(batch, dims)
+        if chunk_size == 1 and randomness != "same":
+            answers = one_by_one("vectorize", one, given, axes)
+            updates, new = stack([answer[:2] for answer in answers])
+            return updates, new, _joined([answer[2] for answer in answers], shared)
+        if not shared:
+            with levels.batching():
+                answer: tuple[P, State, Aux] = torch.vmap(one, in_dims=axes, **across)(*given)
+            return answer
+        seen: list[Any] = []
+
+        def apart(*given: Any) -> Any:
+            updates, new, aux = one(*given)
+            leaves, spec = tree.flatten_any(aux)
+            kept = [shared.get(_address(leaf)) for leaf in leaves]
+            seen.append((spec, kept))
+            return updates, new, [leaf for leaf, same in zip(leaves, kept, strict=True) if same is None]
+
+        with levels.batching():
+            updates, new, moving = torch.vmap(apart, in_dims=axes, **across)(*given)
+        spec, kept = seen[0]
+        return updates, new, optree.tree_unflatten(spec, _filled(kept, moving))
+
+    return Transform(start, update, object)
+
+
+def _check_stacked(params: Any, state: State) -> None:
+    count = next((leaf.shape[0] for leaf in optree.tree_leaves(params)), 0)
+    got = misfit(state, lambda leaf: isinstance(leaf, Tensor) and leaf.shape[:1] == (count,))
+    if got is not None:
+        raise ValueError(
+            f"vectorize: `state` must hold tensors with one entry for each of the {count} members along the first "
+            f"axis, got {got}. Make it with `init`."
+        )
+
+
+def one_by_one(where: str, one: Callable[..., Any], given: tuple[Any, ...], in_dims: tuple[Any, ...]) -> list[Any]:
+    """Does what `vmap` does, one member after the other."""
+    whole = taken_apart(where, given, in_dims)
+    pairs = list(zip(whole.leaves, whole.axes, strict=True))
+    answers = []
+    for k in range(whole.size):
+        own = [leaf if axis is None else leaf.select(axis, k) for leaf, axis in pairs]
+        answers.append(one(*whole.put(own)))
+    return answers
+
+
+def _shared(batch: tuple[Any, ...], dims: tuple[Any, ...]) -> dict[Any, Tensor]:
+    """Lists the tensors that the members share; what comes out as it went in stays one tensor.
+
+    None under the compiler, where all that comes out of a module is new.
+    """
+    shared: dict[Any, Tensor] = {}
+    if torch.compiler.is_compiling():
+        return shared
+    for argument, dim in zip(batch, dims, strict=True):
+        if isinstance(dim, int):
+            continue
+        leaves = optree.tree_leaves(argument, is_leaf=tree.empty, none_is_leaf=True)
+        try:
+            axes = optree.broadcast_prefix(dim, argument, is_leaf=tree.empty, none_is_leaf=True)
+        except ValueError as error:
+            raise ValueError(f"vectorize: `in_dims` must fit the batch, got {dims}: {error}") from None
+        pairs = zip(leaves, axes, strict=True)
+        shared |= {_address(leaf): leaf for leaf, axis in pairs if axis is None and isinstance(leaf, Tensor)}
+    return shared
+
+
+def _address(x: Any) -> Any:
+    """Returns what two tensors have in common if they are views of the same memory, such as `x` and `x.detach()`."""
+    wrapped = type(x) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if wrapped or x.layout is not torch.strided:
+        return id(x)
+    place = x.untyped_storage()._cdata, x.storage_offset()
+    return *place, x.shape, x.stride(), x.dtype, x.is_conj(), x.is_neg()
+
+
+def _filled(kept: list[Tensor | None], moving: Sequence[Any]) -> list[Any]:
+    rest = iter(moving)
+    return [next(rest) if same is None else same for same in kept]
+
+
+def _joined(auxes: list[Any], shared: dict[Any, Tensor]) -> Any:
+    """Stacks the `aux` of all members, but for what they share."""
+    if not shared:
+        return stack(auxes)
+    for k, aux in enumerate(auxes):
+        checks.same("vectorize", f"aux of member {k}", aux, auxes[0], "aux of member 0")
+    rows = [tree.flatten(aux)[0] for aux in auxes]
+    found = [{_address(leaf) for leaf in column} for column in zip(*rows, strict=True)]
+    kept = [shared.get(next(iter(each))) if len(each) == 1 else None for each in found]
+    moving = stack([[leaf for leaf, same in zip(row, kept, strict=True) if same is None] for row in rows])
+    return tree.unflatten(tree.flatten(auxes[0])[1], _filled(kept, moving), auxes[0])

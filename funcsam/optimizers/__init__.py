@@ -1,0 +1,1 @@
+"""Base optimizers: chains with the names, defaults and conventions of torch.optim."""

@@ -1,0 +1,47 @@
+"""Stochastic gradient descent."""
+
+from typing import Any
+
+from funcsam.core import checks, schedules
+from funcsam.core.records import factory
+from funcsam.core.schedules import ScalarOrSchedule
+from funcsam.core.transform import Transform, chain
+from funcsam.transforms.decay import add_decayed_weights
+from funcsam.transforms.moments import trace
+from funcsam.transforms.scaling import scale_by_learning_rate
+
+
+@factory
+def sgd(
+    lr: Any = 1e-3,
+    momentum: ScalarOrSchedule = 0.0,
+    dampening: ScalarOrSchedule = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    nesterov: bool = False,
+) -> Transform:
+    """Stochastic gradient descent, `torch.optim.SGD`.
+
+    `chain(add_decayed_weights(weight_decay), trace(momentum, ...), scale_by_learning_rate(lr))`, without the parts
+    whose number is zero. To maximise, put `scale(-1)` in front.
+
+    A param that the loss does not use has a gradient of zero here: it decays, and its momentum goes on. torch.optim
+    skips a param whose `grad` is None. `freeze` at the end of the chain keeps such params as they are.
+
+    Args:
+        lr: Learning rate. A non-negative number, a tensor of shape (), a schedule, or a prefix tree of these.
+        momentum: In [0, 1]. A number, a tensor of shape () or a schedule.
+        dampening: In [0, 1], likewise; the first gradient enters undamped.
+        weight_decay: Non-negative, likewise; added to the gradient before the momentum.
+        nesterov: Whether to look ahead. Needs momentum and no dampening.
+
+    Raises:
+        ValueError: If a hyperparameter is out of range.
+    """
+    checks.nonnegative("sgd", lr=lr, weight_decay=weight_decay)
+    checks.share("sgd", momentum=momentum, dampening=dampening)
+    if nesterov and (not schedules.nonzero(momentum) or schedules.nonzero(dampening)):
+        got = f"momentum {momentum} and dampening {dampening}"
+        raise ValueError(f"sgd: `nesterov` must come with momentum and without dampening, got {got}.")
+    decay = (add_decayed_weights(weight_decay),) if schedules.nonzero(weight_decay) else ()
+    memory = (trace(momentum, dampening=dampening, nesterov=nesterov),) if schedules.nonzero(momentum) else ()
+    return chain(*decay, *memory, scale_by_learning_rate(lr))
