@@ -25,14 +25,14 @@ Buffers that a loss returns are dropped: evaluations leave no trace.
 
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcsam.core import checks, graphs, levels, tree
+from funcsam.core.types import P, Params
 
-P = TypeVar("P")
 Coordinates = Tensor | Sequence[float]
 """A tensor of shape `(n,)` or a sequence of numbers, which are exact in the precision of the params."""
 Progress = Callable[[int], Any]
@@ -126,7 +126,7 @@ def grid(
     directions: tuple[P, P],
     xs: Coordinates,
     ys: Coordinates,
-    *batch: Any,
+    *batch: object,
     chunk_size: int = 1,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -182,7 +182,7 @@ def line(
     start: P,
     end: P,
     ts: Coordinates,
-    *batch: Any,
+    *batch: object,
     chunk_size: int = 1,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -228,7 +228,7 @@ def _wide(losses: Tensor) -> Tensor:
     return losses.to(torch.promote_types(losses.dtype, torch.float32))
 
 
-def _coordinates(where: str, name: str, given: Coordinates, params: Any) -> Tensor:
+def _coordinates(where: str, name: str, given: Coordinates, params: Params) -> Tensor:
     """Returns coordinates as a tensor of the params' precision and device."""
     leaves = tree.flatten(params)[0]
     device, dtype = leaves[0].device if leaves else torch.device("cpu"), tree.real_dtype(params)
@@ -263,7 +263,7 @@ def _evaluated(
     loss_fn: Callable[..., Any],
     place: Callable[..., Any],
     points: tuple[Tensor, ...],
-    batch: tuple[Any, ...],
+    batch: tuple[object, ...],
     chunk_size: int,
     progress: Progress | None,
 ) -> Tensor:

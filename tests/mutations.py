@@ -602,8 +602,8 @@ MUTATIONS += [
     Mutation(
         "all members have one hyperparameter",
         "ensemble/step.py",
-        "transform = made(numbers)\n            transform._check",
-        "transform = made(member(hyper, 0))\n            transform._check",
+        "transform = made(numbers)\n            transform.check_state",
+        "transform = made(member(hyper, 0))\n            transform.check_state",
         ENSEMBLE,
     ),
     Mutation("logits are averaged", "ensemble/metrics.py", "F.log_softmax(logits, -1), 0", "logits, 0", ENSEMBLE),
@@ -780,8 +780,8 @@ MUTATIONS += [
     Mutation(
         "states upstream stay local",
         "distributed/average.py",
-        '_Part(found.states, "mean")',
-        '_Part(found.states, "local")',
+        '_Part(found.extra, "mean")',
+        '_Part(found.extra, "local")',
         node("distributed", "states_upstream_are_averaged[2]"),
     ),
     Mutation(
@@ -1866,7 +1866,7 @@ MUTATIONS += [
     Mutation(
         "objects: states of members are not looked at",
         "ensemble/step.py",
-        "            transform._check(state)\n",
+        "            transform.check_state(state)\n",
         "",
         OBJECTS,
     ),

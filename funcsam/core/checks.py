@@ -13,7 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
-Tree = Any
+from funcsam.core.types import Tree
 
 
 def _at(path: str) -> str:

@@ -1,8 +1,8 @@
 """From a loss to a grads_fn."""
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import optree
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
 from funcsam.core import checks, graphs, levels, tree
+from funcsam.core.types import Aux, CheckedGradsFn, Loss, P, Params, ScopedLoss
 
-P = TypeVar("P")
-Loss = Callable[..., Any]
 Backend = Literal["auto", "func", "autograd"]
 
 
@@ -47,14 +46,8 @@ def grad_and_value(loss_fn: Loss, has_aux: bool = False, backend: Backend = "aut
     return GradAndValue(loss_fn, has_aux, backend)
 
 
-class GradAndValue:
-    """What `grad_and_value` returns.
-
-    Attributes:
-        exact: That an answer is `(grads, aux)` with dense gradients in the structure of the params: no need to look.
-    """
-
-    exact = True
+class GradAndValue(CheckedGradsFn):
+    """What `grad_and_value` returns."""
 
     def __init__(self, loss_fn: Loss, has_aux: bool, backend: Backend, factor: Tensor | None = None) -> None:
         self.loss_fn, self.has_aux, self.backend, self.factor = loss_fn, has_aux, backend, factor
@@ -68,7 +61,7 @@ class GradAndValue:
         """Returns the function whose gradients are those of `factor` times the loss; the value stays the loss."""
         return GradAndValue(self.loss_fn, self.has_aux, self.backend, factor)
 
-    def __call__(self, params: P, *batch: Any) -> tuple[P, Any]:
+    def __call__(self, params: P, /, *batch: object) -> tuple[P, Aux]:
         """Returns `(grads, loss)`, or `(grads, (loss, aux))` with `has_aux`."""
         leaves, spec = tree.flatten(params)
         plain = levels.eager() and not _inference(leaves)
@@ -85,7 +78,7 @@ class GradAndValue:
                 grads, loss, aux = _func(self, params, batch)
         return grads, (loss, aux) if self.has_aux else loss
 
-    def evaluate(self, loss_fn: Loss, params: Any, batch: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, Any]]:
+    def evaluate(self, loss_fn: Loss, params: Params, batch: tuple[object, ...]) -> tuple[Tensor, tuple[Tensor, Any]]:
         """Returns what is differentiated, and with it the loss and aux; checks what the user's function returned."""
         answer = loss_fn(params, *batch)
         if self.has_aux and not (isinstance(answer, tuple) and len(answer) == 2):
@@ -106,7 +99,7 @@ def _inference(leaves: Sequence[Tensor]) -> bool:
     return torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, leaves))
 
 
-def _func(fn: GradAndValue, params: P, batch: tuple[Any, ...]) -> tuple[P, Tensor, Any]:
+def _func(fn: GradAndValue, params: P, batch: tuple[object, ...]) -> tuple[P, Tensor, Any]:
     if not tree.flatten(params)[0]:
         return params, *fn.evaluate(fn.loss_fn, params, batch)[1]
     differentiate = torch.func.grad(lambda params, *batch: fn.evaluate(fn.loss_fn, params, batch), has_aux=True)
@@ -124,7 +117,7 @@ Answer = tuple[Sequence[Tensor], Tensor, Any]
 
 
 def _autograd(
-    fn: GradAndValue, leaves: list[Tensor], spec: optree.PyTreeSpec, params: Any, batch: tuple[Any, ...]
+    fn: GradAndValue, leaves: list[Tensor], spec: optree.PyTreeSpec, params: Params, batch: tuple[object, ...]
 ) -> Answer:
     given = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*leaves, *batch))
     if not (given or fn._captures):
@@ -136,7 +129,7 @@ def _autograd(
 
 
 def _values(
-    fn: GradAndValue, leaves: list[Tensor], spec: optree.PyTreeSpec, params: Any, batch: tuple[Any, ...]
+    fn: GradAndValue, leaves: list[Tensor], spec: optree.PyTreeSpec, params: Params, batch: tuple[object, ...]
 ) -> Answer | None:
     """Returns an answer without a graph, or nothing if the loss captures something by which it has one."""
     looking, stepping = torch.is_grad_enabled() and not torch.compiler.is_compiling(), levels.stepping()
@@ -156,8 +149,8 @@ def _graph(
     fn: GradAndValue,
     leaves: list[Tensor],
     spec: optree.PyTreeSpec,
-    params: Any,
-    batch: tuple[Any, ...],
+    params: Params,
+    batch: tuple[object, ...],
     given: bool,
 ) -> Answer:
     """Returns an answer with its graph, if an argument requires grad (`given`) or the loss captures what does."""
@@ -200,5 +193,4 @@ def _value(x: Tensor) -> Tensor:
 
 
 def _held(loss_fn: Loss, graph: bool) -> contextlib.AbstractContextManager[Loss]:
-    held = getattr(loss_fn, "held", None)
-    return contextlib.nullcontext(loss_fn) if held is None else held(differentiated=graph)
+    return loss_fn.held(differentiated=graph) if isinstance(loss_fn, ScopedLoss) else contextlib.nullcontext(loss_fn)

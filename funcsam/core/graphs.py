@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from funcsam.core import levels, tree
+from funcsam.core.types import Params
 
 
 def clock() -> int:
@@ -42,7 +43,7 @@ def leaves(target: Tensor) -> int:
     return count
 
 
-def settled(outputs: Any, params: Any, since: int) -> Any:
+def settled(outputs: Any, params: Params, since: int) -> Any:
     """Detaches what was computed in a step, since some time, if nothing but values can be differentiated in it."""
     if not levels.stepping():
         return outputs

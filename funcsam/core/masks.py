@@ -5,9 +5,7 @@ from typing import Any
 import optree
 
 from funcsam.core import checks
-
-Tree = Any
-Mask = Any
+from funcsam.core.types import Mask, Tree
 
 
 def broadcast(prefix: Tree, x: Tree) -> list[Any]:

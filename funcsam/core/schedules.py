@@ -5,7 +5,7 @@ reads a schedule at 0. Values are float64 on the CPU and on CUDA, where 0.1 is 0
 Two schedules are equal if they were made by the same function of equal arguments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import optree
@@ -14,11 +14,7 @@ from torch import Tensor
 
 from funcsam.core import checks, levels
 from funcsam.core.records import Recorded, equal, factory
-
-Number = float | Tensor
-Schedule = Callable[[Tensor], Any]
-ScalarOrSchedule = float | Tensor | Schedule
-"""A number, a tensor of shape (), or a function from the step to either."""
+from funcsam.core.types import Number, Schedule
 
 
 def at(value: Any, step: Tensor) -> Any:

@@ -7,10 +7,7 @@ import optree
 from torch import Tensor
 
 from funcsam.core import tree
-
-InDims = Any
-"""An axis for every argument of the batch, as in `torch.vmap`: a whole number, or a tuple with a whole number, `None`
-(not sliced) or a prefix tree of these for each argument."""
+from funcsam.core.types import InDims, Tree
 
 
 class Batch(NamedTuple):
@@ -32,7 +29,7 @@ class Batch(NamedTuple):
         return [leaf if axis is None else leaf.narrow(axis, start, size) for leaf, axis in pairs]
 
 
-def taken_apart(where: str, batch: tuple[Any, ...], in_dims: InDims) -> Batch:
+def taken_apart(where: str, batch: tuple[object, ...], in_dims: InDims) -> Batch:
     """Takes a batch apart.
 
     Raises:
@@ -43,11 +40,12 @@ def taken_apart(where: str, batch: tuple[Any, ...], in_dims: InDims) -> Batch:
         raise ValueError(
             f"{where}: `in_dims` must have one entry per argument of the batch, got {len(in_dims)} for {len(batch)}."
         )
-    given: Any = batch
+    given: Tree = batch
+    dims: Tree = in_dims
     leaves: list[Any]
     leaves, spec = optree.tree_flatten(given, is_leaf=tree.empty, none_is_leaf=True)
     try:
-        axes: list[Any] = optree.broadcast_prefix(in_dims, given, is_leaf=tree.empty, none_is_leaf=True)
+        axes = optree.broadcast_prefix(dims, given, is_leaf=tree.empty, none_is_leaf=True)
     except ValueError as error:
         raise ValueError(f"{where}: `in_dims` must fit the batch, got {in_dims}: {error}") from None
     sizes: dict[int, str] = {}

@@ -8,7 +8,7 @@ the first evaluation a transform asks for.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import optree
 import torch
@@ -16,45 +16,48 @@ from torch import Tensor
 
 from funcsam.core import checks, graphs, levels, tree
 from funcsam.core.records import Recorded, factory, home, leaves
+from funcsam.core.types import (
+    Aux,
+    CheckedGradsFn,
+    GradsFn,
+    Init,
+    P,
+    PairedGradsFn,
+    Params,
+    PlainUpdate,
+    ScalableGradsFn,
+    State,
+    Tree,
+    Update,
+)
 
-P = TypeVar("P")
-State = Any
-Aux = Any
-GradsFn = Callable[..., Any]
-"""`grads_fn(params, *batch) -> (grads, aux)`, or a bare `grads_fn(params, *batch) -> grads`."""
-Init = Callable[[Any], State]
-Update = Callable[..., tuple[Any, State, Aux]]
-PlainUpdate = Callable[[Any, State, Any], tuple[Any, State]]
-StateClass = type | tuple[()] | None
-Inside = Callable[[State], Iterable[tuple["Transform", State]]]
+StateClass: TypeAlias = type | tuple[()] | None
+Inside: TypeAlias = Callable[[State], Iterable[tuple["Transform", State]]]
 
 C = TypeVar("C", bound=type)
+_scalars: dict[type, tuple[str, ...]] = {}
+"""The fields of each class of states that are tensors of shape ()."""
 
 
 def saveable(cls: C) -> C:
     """Lets `torch.load(weights_only=True)` read states that hold this NamedTuple, whose tensors have shape ()."""
     cls.__module__ = home(cls.__module__)
     torch.serialization.add_safe_globals([cls])
-    cast(Any, cls)._scalars = tuple(name for name, hint in cls.__annotations__.items() if hint is Tensor)
+    _scalars[cls] = tuple(name for name, hint in cls.__annotations__.items() if hint is Tensor)
     return cls
 
 
-class _Checked:
+class _Checked(CheckedGradsFn):
     """A user's grads_fn, whose answers are checked and brought to the form `(grads, aux)`."""
 
-    def __init__(self, grads_fn: GradsFn) -> None:
+    def __init__(self, grads_fn: GradsFn[Params]) -> None:
         checks.function("update", grads_fn=grads_fn)
         self.grads_fn = grads_fn
-        self.exact = getattr(grads_fn, "exact", False)
 
     def scaled(self, factor: Tensor) -> "_Checked | None":
-        """Returns the same for the loss times a factor, or `None` where the user's function cannot say."""
-        scaled = getattr(self.grads_fn, "scaled", None)
-        return None if scaled is None else _Checked(scaled(factor))
+        return _Checked(self.grads_fn.scaled(factor)) if isinstance(self.grads_fn, ScalableGradsFn) else None
 
-    def __call__(self, params: P, *batch: Any) -> tuple[P, Aux]:
-        if self.exact:
-            return self.grads_fn(params, *batch)  # type: ignore[no-any-return]
+    def __call__(self, params: P, /, *batch: object) -> tuple[P, Aux]:
         since = graphs.clock()
         answer = graphs.settled(self.grads_fn(params, *batch), params, since)
         leaves, spec = tree.flatten(params)
@@ -96,6 +99,11 @@ class Transform(Recorded):
             `None` refuses states that hold anything but tensors, `object` refuses nothing.
         inside: `inside(state)` returns pairs of a transform inside this one and the state of it, to be checked too.
 
+    Attributes:
+        init_unchecked: `init` without checks, for a transform around this one, which has checked the params.
+        update_unchecked: `update` without checks; its `grads_fn` must return `(grads, aux)`.
+        parts: The transforms that a chain is made of; of any other transform itself.
+
     Raises:
         TypeError: If an argument is of the wrong type.
     """
@@ -106,23 +114,23 @@ class Transform(Recorded):
         checks.function("Transform", init=init, update=update)
         if not (state is None or isinstance(state, type) or (isinstance(state, tuple) and not state)):
             raise TypeError(f"Transform: `state` must be a class, () or None, got {type(state).__name__}.")
-        self._init = init
-        self._update = update
+        self.init_unchecked = init
+        self.update_unchecked = update
         self._state = state
         self._inside = inside
-        self._scalars: tuple[str, ...] = getattr(state, "_scalars", ())
-        self._parts: tuple[Transform, ...] = (self,)
+        self._scalars = _scalars.get(state, ()) if isinstance(state, type) else ()
+        self.parts: tuple[Transform, ...] = (self,)
 
-    def init(self, params: Any) -> State:
+    def init(self, params: Params) -> State:
         """Returns the state before the first step.
 
         Raises:
             TypeError: If a leaf is not a floating-point or complex tensor.
         """
         checks.params("init", params)
-        return self._init(params)
+        return self.init_unchecked(params)
 
-    def update(self, params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+    def update(self, params: P, grads_fn: GradsFn[P], state: State, *batch: object) -> tuple[P, State, Aux]:
         """Returns `(updates, state, aux)`; `aux` is what `grads_fn` gave at the params, `()` for a bare gradient.
 
         Params that are leaves and require grad, such as a module's own, are taken as values: no graph outlives the
@@ -141,13 +149,13 @@ class Transform(Recorded):
         """
         return self._taken(tree.detached(params, "update"), grads_fn, state, batch)
 
-    def _check(self, state: State) -> None:
+    def check_state(self, state: State) -> None:
         """Raises unless the states of this transform and of those inside are of their classes."""
         if not self._fits(state):
             raise ValueError(f"{self._name}: `state` must be {self._wanted(state)}. Make it with `init`.")
         if self._inside is not None:
             for transform, own in self._inside(state):
-                transform._check(own)
+                transform.check_state(own)
 
     def _fits(self, state: State) -> bool:
         if self._state is object:
@@ -177,28 +185,28 @@ class Transform(Recorded):
         inside = [leaf for leaf in leaves(self._record[1:]) if isinstance(leaf, Transform)]
         return next((found for found in (each._prober() for each in inside) if found is not None), None)
 
-    def step(self, params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+    def step(self, params: P, grads_fn: GradsFn[P], state: State, *batch: object) -> tuple[P, State, Aux]:
         """Updates and applies the updates; returns `(params, state, aux)`."""
         params = tree.detached(params)
         updates, state, aux = self._taken(params, grads_fn, state, batch)
         return tree.add(params, updates, "apply_updates", "updates"), state, aux
 
-    def _taken(self, params: P, grads_fn: GradsFn, state: State, batch: tuple[Any, ...]) -> tuple[P, State, Aux]:
-        self._check(state)
-        checked = grads_fn if isinstance(grads_fn, _Checked) else _Checked(grads_fn)
+    def _taken(self, params: P, grads_fn: GradsFn[P], state: State, batch: tuple[object, ...]) -> tuple[P, State, Aux]:
+        self.check_state(state)
+        checked = grads_fn if isinstance(grads_fn, CheckedGradsFn) else _Checked(grads_fn)
         with levels.in_step():
-            return self._update(params, checked, state, *batch)
+            return self.update_unchecked(params, checked, state, *batch)
 
 
-def _scalar(x: Any) -> bool:
+def _scalar(x: Tree) -> bool:
     return isinstance(x, Tensor) and not x.ndim
 
 
-def _tensor(x: Any) -> bool:
+def _tensor(x: Tree) -> bool:
     return isinstance(x, Tensor)
 
 
-def kind_of(x: Any) -> str:
+def kind_of(x: Tree) -> str:
     """Says in an error what has been given in the place of a state."""
     if isinstance(x, Tensor):
         return f"a tensor of shape {tuple(x.shape)}"
@@ -207,7 +215,7 @@ def kind_of(x: Any) -> str:
     return type(x).__name__
 
 
-def misfit(state: State, fits: Callable[[Any], bool]) -> str | None:
+def misfit(state: State, fits: Callable[[Tree], bool]) -> str | None:
     """Says what the first leaf that does not fit is, and where; `None` is a leaf, and an empty dict holds none."""
     for position, leaf in enumerate(optree.tree_leaves(state, tree.empty, none_is_leaf=True)):
         if not (tree.empty(leaf) or fits(leaf)):
@@ -247,7 +255,7 @@ def lift(init: Init, update: PlainUpdate, state: StateClass = None) -> Transform
     """
     checks.function("lift", init=init, update=update)
 
-    def lifted(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+    def lifted(params: P, grads_fn: PairedGradsFn, state: State, *batch: object) -> tuple[P, State, Aux]:
         grads, aux = grads_fn(params, *batch)
         updates, state = update(grads, state, params)
         return updates, state, aux
@@ -255,19 +263,25 @@ def lift(init: Init, update: PlainUpdate, state: StateClass = None) -> Transform
     return Transform(init, lifted, state)
 
 
-class Kept(NamedTuple):
-    """What travels in the place of `aux` inside a chain: the new states upstream, and the `aux` of the user."""
+class Carried(NamedTuple):
+    """What travels in the place of `aux` from a transform to those downstream of it, which hand it on.
 
-    states: Any
+    Attributes:
+        extra: A tree of tensors. In a chain the new states upstream; in `dynamic_loss_scale` 1 if an evaluation was
+            finite, and 0 if not. Where processes average `aux`, they average this too.
+        aux: That of the user.
+    """
+
+    extra: Tree
     aux: Aux
 
 
-def _behind(part: Transform, state: State, grads_fn: GradsFn) -> GradsFn:
+def _downstream(part: Transform, state: State, grads_fn: PairedGradsFn) -> PairedGradsFn:
     """What a downstream transform sees as its grads_fn; the new states travel inside aux."""
 
-    def upstream(params: P, *batch: Any) -> tuple[P, Kept]:
-        updates, new, (states, aux) = part._update(params, grads_fn, state, *batch)
-        return updates, Kept((*states, new), aux)
+    def upstream(params: P, *batch: object) -> tuple[P, Carried]:
+        updates, new, (states, aux) = part.update_unchecked(params, grads_fn, state, *batch)
+        return updates, Carried((*states, new), aux)
 
     return upstream
 
@@ -289,12 +303,12 @@ def chain(*transforms: Transform) -> Transform:
             raise TypeError(
                 f"chain: `transforms` must be Transforms, got {type(transform).__name__} at position {position}."
             )
-    parts = tuple(part for transform in transforms for part in transform._parts)
+    parts = tuple(part for transform in transforms for part in transform.parts)
     if len(parts) == 1:
         return parts[0]
 
-    def init(params: Any) -> State:
-        return tuple(part._init(params) for part in parts)
+    def init(params: Params) -> State:
+        return tuple(part.init_unchecked(params) for part in parts)
 
     def inside(state: State) -> Iterable[tuple[Transform, State]]:
         if type(state) is not tuple or len(state) != len(parts):
@@ -305,18 +319,19 @@ def chain(*transforms: Transform) -> Transform:
             )
         return zip(parts, state, strict=True)
 
-    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
-        def composed(params: P, *batch: Any) -> tuple[P, Kept]:
+    def update(params: Params, grads_fn: PairedGradsFn, state: State, *batch: object) -> tuple[Params, State, Aux]:
+        def first(params: P, *batch: object) -> tuple[P, Carried]:
             grads, aux = grads_fn(params, *batch)
-            return grads, Kept((), aux)
+            return grads, Carried((), aux)
 
+        composed: PairedGradsFn = first
         for part, part_state in zip(parts, state, strict=True):
-            composed = _behind(part, part_state, composed)
+            composed = _downstream(part, part_state, composed)
         updates, (states, aux) = composed(params, *batch)
         return updates, states, aux
 
     composition = Transform(init, update, object, inside) if parts else Transform(init, update, ())
-    composition._parts, composition._record = parts, (chain, transforms, {})
+    composition.parts, composition._record = parts, (chain, transforms, {})
     return composition
 
 

@@ -6,7 +6,7 @@ and `torch.compile`. A factor is a number or a tensor of shape (). Leaves may be
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import optree
 import torch
@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from funcsam.core import checks, kernels, levels, masks, shards
 from funcsam.core.kernels import Scalar
-from funcsam.core.masks import Mask
+from funcsam.core.types import Mask, P, Tree
 
 __all__ = [
     "add",
@@ -35,8 +35,6 @@ __all__ = [
     "zeros_like",
 ]
 
-P = TypeVar("P")
-Tree = Any
 
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 

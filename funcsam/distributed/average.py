@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from funcsam.core import checks, levels, shards, tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Aux, GradsFn, Kept, State, Transform
+from funcsam.core.transform import Carried, Transform
+from funcsam.core.types import Aux, P, PairedGradsFn, Params, State
 
 if dist.is_available():  # some builds of torch are without
     import torch.distributed._functional_collectives  # registers the operators
     from torch.distributed.device_mesh import DeviceMesh
 
-P = TypeVar("P")
 Ranks = Any
 Group = Any
 """A process group, a one-dimensional `DeviceMesh`, or `None` for all processes."""
@@ -162,11 +162,11 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
         raise ValueError(f'all_reduce_mean: `aux` must be "mean", "first" or "local", got {aux!r}.')
     checks.count("all_reduce_mean", bucket_bytes=bucket_bytes)
 
-    def init(params: Any) -> State:
+    def init(params: Params) -> State:
         _alike(params, _group("all_reduce_mean", group))
         return ()
 
-    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+    def update(params: P, grads_fn: PairedGradsFn, state: State, *batch: object) -> tuple[P, State, Aux]:
         if not torch.compiler.is_compiling() and not levels.eager():
             raise RuntimeError(
                 "all_reduce_mean: must not run under `vmap` or another transform of torch.func, got one. "
@@ -174,19 +174,19 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
             )
         grads, found = grads_fn(params, *batch)
         parts = [_Part(grads, "mean")]
-        while isinstance(found, Kept):
-            parts.append(_Part(found.states, "mean"))
+        while isinstance(found, Carried):
+            parts.append(_Part(found.extra, "mean"))
             found = found.aux
         parts.append(_Part(found, aux))
         grads, *states, found = _exchanged(parts, _group("all_reduce_mean", group), bucket_bytes)
         for each in reversed(states):
-            found = Kept(each, found)
+            found = Carried(each, found)
         return grads, state, found
 
     return Transform(init, update, ())
 
 
-def _alike(params: Any, group: Ranks) -> None:
+def _alike(params: Params, group: Ranks) -> None:
     for path, leaf in zip(checks.paths(params), tree.flatten(params)[0], strict=True):
         if shards.sharded(leaf):
             raise TypeError(

@@ -3,14 +3,14 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcsam.core import checks, tree
+from funcsam.core.types import P
 
-P = TypeVar("P")
 Folder = str | os.PathLike[str]
 
 

@@ -1,15 +1,14 @@
 """Params that no process holds whole."""
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from funcsam.core import shards, tree
+from funcsam.core.types import P
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-P = TypeVar("P")
 
 
 def shard(params: P, mesh: "DeviceMesh") -> P:

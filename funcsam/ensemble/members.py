@@ -1,7 +1,7 @@
 """Stacked trees: one entry per member along the first axis."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import optree
 import torch
@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from funcsam import nn as modules
 from funcsam.core import checks, tree
+from funcsam.core.types import P
 
-P = TypeVar("P")
 
-
-def _seeded(build: Callable[[], nn.Module], seed: int) -> tuple[Any, Any]:
+def _seeded(build: Callable[[], nn.Module], seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

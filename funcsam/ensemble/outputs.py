@@ -11,12 +11,13 @@ from torch.utils import _pytree as pytree
 
 from funcsam import nn as modules
 from funcsam.core import checks, levels
+from funcsam.core.types import InDims, Params
 from funcsam.ensemble.members import size, stack
 from funcsam.ensemble.step import one_by_one
 
 
 def predict(
-    model: nn.Module, params: Any, buffers: Any, *inputs: Any, in_dims: Any = None, chunk_size: int | None = None
+    model: nn.Module, params: Params, buffers: Any, *inputs: Any, in_dims: InDims = None, chunk_size: int | None = None
 ) -> Any:
     """Returns the outputs of all members in evaluation mode, shape `(members, ...)`.
 
@@ -42,7 +43,7 @@ def predict(
     dims = (0, 0, *(in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(inputs)))
     seen: list[Callable[[Iterator[Tensor]], Any]] = []
 
-    def one(params: Any, buffers: Any, *inputs: Any) -> list[Tensor]:
+    def one(params: Params, buffers: Any, *inputs: Any) -> list[Tensor]:
         tensors, put = _outputs(modules.predict(model, params, buffers, *inputs))
         seen.append(put)
         return tensors

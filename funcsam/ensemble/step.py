@@ -1,7 +1,7 @@
 """One step of many models at once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import optree
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from funcsam.core import checks, levels, tree
 from funcsam.core.records import factory
 from funcsam.core.slices import taken_apart
-from funcsam.core.transform import Aux, GradsFn, State, Transform, misfit
+from funcsam.core.transform import Transform, misfit
+from funcsam.core.types import Aux, InDims, P, PairedGradsFn, Params, State, Tree
 from funcsam.ensemble.members import size, stack
 
-P = TypeVar("P")
 Randomness = Literal["same", "different", "error"]
 
 
@@ -21,7 +21,7 @@ Randomness = Literal["same", "different", "error"]
 def vectorize(
     tx: Transform | Callable[..., Transform],
     hyper: Mapping[str, Any] | None = None,
-    in_dims: Any = 0,
+    in_dims: InDims = 0,
     chunk_size: int | None = None,
     randomness: Randomness = "different",
 ) -> Transform:
@@ -73,27 +73,27 @@ def vectorize(
             raise TypeError(f"vectorize: `tx` must return a Transform, got {type(transform).__name__}.")
         return transform
 
-    def members(params: Any) -> None:
+    def members(params: Params) -> None:
         size((params, numbers) if numbers else params, "vectorize", "params")
 
-    def start(params: Any) -> State:
+    def start(params: Params) -> State:
         members(params)
-        state = torch.vmap(lambda numbers, params: made(numbers)._init(params), **across)(numbers, params)
+        state = torch.vmap(lambda numbers, params: made(numbers).init_unchecked(params), **across)(numbers, params)
         # What does not depend on the params comes out as one entry seen many times; a compiled step would be traced
         # again once it is written out.
         return optree.tree_map(lambda leaf: leaf.contiguous(), state)
 
-    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+    def update(params: P, grads_fn: PairedGradsFn, state: State, *batch: object) -> tuple[P, State, Aux]:
         members(params)
         _check_stacked(params, state)
         if isinstance(in_dims, tuple) and len(in_dims) != len(batch):
             got = f"{len(in_dims)} for {len(batch)}"
             raise ValueError(f"vectorize: `in_dims` must have one entry per argument of the batch, got {got}.")
 
-        def one(numbers: Any, params: P, state: State, *batch: Any) -> tuple[P, State, Aux]:
+        def one(numbers: Any, params: P, state: State, *batch: object) -> tuple[P, State, Aux]:
             transform = made(numbers)
-            transform._check(state)
-            return transform._update(params, grads_fn, state, *batch)
+            transform.check_state(state)
+            return transform.update_unchecked(params, grads_fn, state, *batch)
 
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(batch)
         given, axes = (numbers, params, state, *batch), (0, 0, 0, *dims)
@@ -123,7 +123,7 @@ def vectorize(
     return Transform(start, update, object)
 
 
-def _check_stacked(params: Any, state: State) -> None:
+def _check_stacked(params: Params, state: State) -> None:
     count = next((leaf.shape[0] for leaf in optree.tree_leaves(params)), 0)
     got = misfit(state, lambda leaf: isinstance(leaf, Tensor) and leaf.shape[:1] == (count,))
     if got is not None:
@@ -144,7 +144,7 @@ def one_by_one(where: str, one: Callable[..., Any], given: tuple[Any, ...], in_d
     return answers
 
 
-def _shared(batch: tuple[Any, ...], dims: tuple[Any, ...]) -> dict[Any, Tensor]:
+def _shared(batch: tuple[Tree, ...], dims: tuple[Tree, ...]) -> dict[Any, Tensor]:
     """Lists the tensors that the members share; what comes out as it went in stays one tensor.
 
     None under the compiler, where all that comes out of a module is new.

@@ -1,15 +1,13 @@
 """SAM and its adaptive form, ASAM."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 from funcsam.core import checks
-from funcsam.core.masks import Mask
 from funcsam.core.records import factory
-from funcsam.core.transform import Aux, GradsFn, State, Transform, chain
+from funcsam.core.transform import Transform, chain
+from funcsam.core.types import Aux, GradsFn, Mask, P, State
 from funcsam.family.sharpness_aware import sharpness_aware
 from funcsam.transforms.scaling import normalize, scale, scale_by_magnitude
-
-P = TypeVar("P")
 
 
 @factory
@@ -93,7 +91,7 @@ def adaptive_ascent(rho: Any, eta: Any, mask: Mask) -> Transform:
 
 
 def sam_update(
-    params: P, grads_fn: GradsFn, state: State, *batch: Any, rho: Any = 0.05, adaptive: bool = False
+    params: P, grads_fn: GradsFn[P], state: State, *batch: Any, rho: Any = 0.05, adaptive: bool = False
 ) -> tuple[P, State, Aux]:
     """Returns the sharpness-aware gradient as a plain function: `sam(rho).update`, or `asam(rho).update`.
 

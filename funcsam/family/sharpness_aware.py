@@ -1,15 +1,15 @@
 """The sharpness-aware step: an ascent chain and a combination."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from funcsam.core import checks, levels, tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Aux, GradsFn, State, Transform, saveable
+from funcsam.core.transform import Transform, saveable
+from funcsam.core.types import Aux, P, PairedGradsFn, State
 
-P = TypeVar("P")
 Combine = Callable[[Any, Any], Any]
 When = Callable[[Tensor], Tensor | bool]
 
@@ -27,7 +27,7 @@ class SharpnessAwareState(NamedTuple):
     ascent: State
 
 
-def _shifted(grads_fn: GradsFn, offset: Any) -> GradsFn:
+def _shifted(grads_fn: PairedGradsFn, offset: Any) -> PairedGradsFn:
     return lambda params, *batch: grads_fn(tree.add(params, offset), *batch)
 
 
@@ -81,7 +81,7 @@ def sharpness_aware(
     def init(params: Any) -> SharpnessAwareState:
         return SharpnessAwareState(tree.counter(params), ascent.init(params))
 
-    def at_params(grads_fn: GradsFn) -> GradsFn:
+    def at_params(grads_fn: PairedGradsFn) -> PairedGradsFn:
         """Lets the plain gradient travel in aux, next to what is kept."""
 
         def evaluate(params: P, *batch: Any) -> tuple[P, Aux]:
@@ -90,17 +90,17 @@ def sharpness_aware(
 
         return evaluate
 
-    def perturbed(params: P, grads_fn: GradsFn, state: State, batch: tuple[Any, ...], offset: P) -> P:
+    def perturbed(params: P, grads_fn: PairedGradsFn, state: State, batch: tuple[Any, ...], offset: P) -> P:
         """Adds the ascent to the params, after the remaining ascents."""
         if steps > 1:
             offset = tree.scale(1 / steps, offset)
         for _ in range(steps - 1):
-            more, _, _ = ascent._update(params, _shifted(grads_fn, offset), state, *batch)
+            more, _, _ = ascent.update_unchecked(params, _shifted(grads_fn, offset), state, *batch)
             offset = tree.add_scaled(offset, 1 / steps, more)
         return tree.add(params, offset)
 
-    def update(params: P, grads_fn: GradsFn, state: SharpnessAwareState, *batch: Any) -> tuple[P, State, Aux]:
-        offset, ascent_state, (grads, aux) = ascent._update(params, at_params(grads_fn), state.ascent, *batch)
+    def update(params: P, grads_fn: PairedGradsFn, state: SharpnessAwareState, *batch: Any) -> tuple[P, State, Aux]:
+        offset, ascent_state, (grads, aux) = ascent.update_unchecked(params, at_params(grads_fn), state.ascent, *batch)
         new_state = SharpnessAwareState(state.step + 1, ascent_state)
         pick = True if when is None else when(state.step)
         known = not isinstance(pick, Tensor) or (levels.eager() and not pick.is_meta)

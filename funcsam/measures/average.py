@@ -1,20 +1,16 @@
 """Average-case sharpness: how far the loss rises under random perturbations."""
 
-from typing import Any, TypeVar
-
 from torch import Tensor
 
 from funcsam.core import tree
-from funcsam.core.masks import Mask
+from funcsam.core.types import Mask, P
 from funcsam.measures.support import Estimate, Loss, checked, estimate, neighbourhood, normal
-
-P = TypeVar("P")
 
 
 def average_case_sharpness(
     loss_fn: Loss,
     params: P,
-    *batch: Any,
+    *batch: object,
     rho: float | Tensor = 0.05,
     draws: int = 32,
     seed: int = 0,

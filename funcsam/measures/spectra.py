@@ -1,7 +1,7 @@
 """The Hessian: its largest eigenvalues and its trace, from Hessian-vector products."""
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple
 
 import optree
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 from funcsam.core import checks, levels, tree
 from funcsam.core.gradients import grad_and_value
 from funcsam.core.transform import saveable
+from funcsam.core.types import P, Params
 from funcsam.measures.support import Estimate, Loss, checked, estimate, generator, rademacher
 
-P = TypeVar("P")
 Product = Callable[[Any], Any]
 
 
@@ -30,7 +30,7 @@ class Eigenpairs(NamedTuple, Generic[P]):
     vectors: P
 
 
-def _product(where: str, loss_fn: Loss, params: Any, batch: tuple[Any, ...]) -> tuple[Product, Any]:
+def _product(where: str, loss_fn: Loss, params: Params, batch: tuple[object, ...]) -> tuple[Product, Any]:
     """Returns the function `v -> H v` of trees of reals, and the params as such a tree.
 
     Reverse mode over reverse mode: the gradient is taken once, and each product is a backward pass through it. Forward
@@ -52,7 +52,7 @@ def _product(where: str, loss_fn: Loss, params: Any, batch: tuple[Any, ...]) -> 
 
 
 def hessian_trace(
-    loss_fn: Loss, params: P, *batch: Any, draws: int = 32, seed: int = 0, chunk_size: int | None = None
+    loss_fn: Loss, params: P, *batch: object, draws: int = 32, seed: int = 0, chunk_size: int | None = None
 ) -> Estimate:
     """Estimates the trace of the Hessian: `tr H = E z'Hz` over random signs `z`.
 
@@ -88,7 +88,7 @@ def hessian_trace(
 
 
 def hessian_eigenpairs(
-    loss_fn: Loss, params: P, *batch: Any, k: int = 1, tol: float = 1e-4, seed: int = 0
+    loss_fn: Loss, params: P, *batch: object, k: int = 1, tol: float = 1e-4, seed: int = 0
 ) -> Eigenpairs[P]:
     """Finds the `k` largest eigenvalues of the Hessian, and their vectors, by SciPy's Lanczos method.
 

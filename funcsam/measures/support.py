@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcsam.core import checks, levels, tree
-from funcsam.core.masks import Mask
 from funcsam.core.transform import saveable
+from funcsam.core.types import Hyper, Mask, P, Params
 
-P = TypeVar("P")
 Loss = Callable[..., Tensor]
 """`loss_fn(params, *batch)` returns the loss, a real tensor of shape ()."""
 Draw = Callable[[tuple[int, ...], torch.dtype, torch.Generator], Tensor]
@@ -34,7 +33,7 @@ class Neighbourhood(NamedTuple):
     """How far is far for each param: `T = 1`, or `T = |w| + eta` where it is adaptive."""
 
     adaptive: bool
-    eta: Any
+    eta: Hyper
     mask: Mask
 
     def stretch(self, x: P, params: P) -> P:
@@ -42,7 +41,7 @@ class Neighbourhood(NamedTuple):
         return tree.scale_by_magnitude(x, params, self.eta, self.mask) if self.adaptive else x
 
 
-def neighbourhood(where: str, rho: Any, adaptive: bool, eta: Any, mask: Mask) -> Neighbourhood:
+def neighbourhood(where: str, rho: Hyper, adaptive: bool, eta: Hyper, mask: Mask) -> Neighbourhood:
     """Checks a radius and what it is measured in.
 
     Raises:
@@ -66,7 +65,7 @@ def checked(where: str, loss_fn: Loss, given: P) -> tuple[Loss, P]:
     checks.params(where, given)
     wide = tree.widened(given)
 
-    def loss(params: Any, *batch: Any) -> Tensor:
+    def loss(params: Params, *batch: object) -> Tensor:
         with levels.fresh():
             value = loss_fn(tree.cast(params, given), *batch)
         if not isinstance(value, Tensor) or value.ndim or value.is_complex():

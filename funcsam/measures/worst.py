@@ -1,23 +1,21 @@
 """Worst-case sharpness: how far the loss rises in a ball around the params."""
 
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcsam.core import checks, tree
 from funcsam.core.gradients import grad_and_value
-from funcsam.core.masks import Mask
-from funcsam.core.slices import InDims, taken_apart
+from funcsam.core.slices import taken_apart
 from funcsam.core.transform import identity
+from funcsam.core.types import InDims, Mask, P, Params
 from funcsam.measures.support import Loss, Neighbourhood, checked, neighbourhood
 from funcsam.transforms.batches import microbatch
 
-P = TypeVar("P")
 
-
-def gradient_norm(loss_fn: Loss, params: Any, *batch: Any) -> Tensor:
+def gradient_norm(loss_fn: Loss, params: Params, *batch: object) -> Tensor:
     """Returns `||grad L(w)||`, the 2-norm over all leaves.
 
     To first order it is the worst-case sharpness divided by `rho`.
@@ -43,7 +41,7 @@ def gradient_norm(loss_fn: Loss, params: Any, *batch: Any) -> Tensor:
 def worst_case_sharpness(
     loss_fn: Loss,
     params: P,
-    *batch: Any,
+    *batch: object,
     rho: float | Tensor = 0.05,
     steps: int = 1,
     adaptive: bool = False,
@@ -101,7 +99,7 @@ def worst_case_sharpness(
 
 
 def _rise(
-    loss: Loss, params: P, batch: tuple[Any, ...], rho: float | Tensor, steps: int, near: Neighbourhood
+    loss: Loss, params: P, batch: tuple[object, ...], rho: float | Tensor, steps: int, near: Neighbourhood
 ) -> Tensor:
     grads_fn = grad_and_value(loss)
     grads, start = grads_fn(params, *batch)
@@ -126,8 +124,8 @@ def _within(rho: float | Tensor, x: P) -> P:
 
 def m_sharpness(
     loss_fn: Loss,
-    params: Any,
-    *batch: Any,
+    params: Params,
+    *batch: object,
     m: int,
     rho: float | Tensor = 0.05,
     steps: int = 1,

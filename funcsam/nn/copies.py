@@ -11,7 +11,7 @@ from funcsam.nn.layout import Layout, Named
 _C: Any = torch._C
 
 
-def copy_all(layout: Layout, params: Named, buffers: Named, batch: tuple[Any, ...]) -> Named:
+def copy_all(layout: Layout, params: Named, buffers: Named, batch: tuple[object, ...]) -> Named:
     """Returns copies of the buffers and frozen parameters, which the module may write to."""
     if levels.eager():
         lazy = {name: _lazy(buffer, buffer) for name, buffer in buffers.items()}
@@ -81,7 +81,7 @@ def mark(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]] | None:
     return (_C._data_address(own), own.shape, own.stride()) if is_lazy(own) else None
 
 
-def _always(params: Named, buffers: Named, batch: tuple[Any, ...]) -> Tensor:
+def _always(params: Named, buffers: Named, batch: tuple[object, ...]) -> Tensor:
     """Returns True, batched as the inputs are: under `vmap` what a module writes to must be batched as they are."""
     inputs = [leaf for leaf in tree.flatten((params, batch))[0] if isinstance(leaf, Tensor)]
     nothing = [leaf.reshape(-1)[:0].ne(0).any() for leaf in inputs]

@@ -27,7 +27,7 @@ class _Loss(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, *batch: Any) -> Any:
+    def forward(self, *batch: object) -> Any:
         return self.loss(self.model, *batch)
 
 
@@ -54,7 +54,7 @@ def _no_hooks(message: str) -> Iterator[None]:
         autograd._saved_tensors_hooks_enable()
 
 
-def _hooks_would_differ(params: Named, buffers: Named, batch: tuple[Any, ...]) -> bool:
+def _hooks_would_differ(params: Named, buffers: Named, batch: tuple[object, ...]) -> bool:
     """Tells whether a graph is recorded here and hooks are allowed; `torch.func.grad` refuses them itself."""
     if not torch.is_grad_enabled() or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return False
@@ -70,7 +70,7 @@ class ModuleLoss:
         self._whole = _Loss(model, loss)
         self._contents, self._layout = Contents(model), Layout(model)
 
-    def __call__(self, params: Named, buffers: Named, *batch: Any) -> tuple[Tensor, Any]:
+    def __call__(self, params: Named, buffers: Named, *batch: object) -> tuple[Tensor, Any]:
         """Returns `(loss, buffers)`, or with `has_aux` `(loss, (buffers, aux))`.
 
         What the module wrote to comes back as a new tensor, what it did not as the tensor that was given.
@@ -109,7 +109,7 @@ class ModuleLoss:
                     before.append((place, place.store[place.key]))
                     place.store[place.key] = value
 
-        def evaluate(params: Named, buffers: Named, *batch: Any) -> tuple[Tensor, Any]:
+        def evaluate(params: Named, buffers: Named, *batch: object) -> tuple[Tensor, Any]:
             eager = levels.eager()
             check(layout, params, buffers)
             copies = copy_all(layout, params, buffers, batch)

@@ -1,12 +1,9 @@
 """Adam and AdamW."""
 
-from typing import Any
-
 from funcsam.core import checks, schedules
-from funcsam.core.masks import Mask
 from funcsam.core.records import factory
-from funcsam.core.schedules import ScalarOrSchedule
 from funcsam.core.transform import Transform, chain
+from funcsam.core.types import Hyper, Mask, ScalarOrSchedule
 from funcsam.transforms.decay import add_decayed_weights
 from funcsam.transforms.moments import scale_by_adam
 from funcsam.transforms.scaling import scale_by_learning_rate
@@ -14,7 +11,7 @@ from funcsam.transforms.scaling import scale_by_learning_rate
 
 @factory
 def adam(
-    lr: Any = 1e-3,
+    lr: Hyper = 1e-3,
     betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
     eps: ScalarOrSchedule = 1e-8,
     weight_decay: ScalarOrSchedule = 0.0,
@@ -46,7 +43,7 @@ def adam(
 
 @factory
 def adamw(
-    lr: Any = 1e-3,
+    lr: Hyper = 1e-3,
     betas: tuple[ScalarOrSchedule, ScalarOrSchedule] = (0.9, 0.999),
     eps: ScalarOrSchedule = 1e-8,
     weight_decay: ScalarOrSchedule = 1e-2,

@@ -1,11 +1,9 @@
 """Stochastic gradient descent."""
 
-from typing import Any
-
 from funcsam.core import checks, schedules
 from funcsam.core.records import factory
-from funcsam.core.schedules import ScalarOrSchedule
 from funcsam.core.transform import Transform, chain
+from funcsam.core.types import Hyper, ScalarOrSchedule
 from funcsam.transforms.decay import add_decayed_weights
 from funcsam.transforms.moments import trace
 from funcsam.transforms.scaling import scale_by_learning_rate
@@ -13,7 +11,7 @@ from funcsam.transforms.scaling import scale_by_learning_rate
 
 @factory
 def sgd(
-    lr: Any = 1e-3,
+    lr: Hyper = 1e-3,
     momentum: ScalarOrSchedule = 0.0,
     dampening: ScalarOrSchedule = 0.0,
     weight_decay: ScalarOrSchedule = 0.0,

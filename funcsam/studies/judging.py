@@ -59,7 +59,9 @@ def sharpness(params: Tensors, buffers: Tensors, problem: Problem, radius: float
     x, y = problem.examined()
     if problem.looped:
         each = (fs.ensemble.member((params, buffers), k) for k in range(fs.ensemble.size(params)))
-        return torch.stack([_rise(ascent, loss_fn, *own, problem.laid_out(x), y[k]) for k, own in enumerate(each)])
+        return torch.stack(
+            [_rise(ascent, loss_fn, own[0], own[1], problem.laid_out(x), y[k]) for k, own in enumerate(each)]
+        )
     climb = fs.ensemble.vectorize(ascent, in_dims=(0, None, 0))
     climbed, _, low = climb.step(params, fs.grad_and_value(loss_fn), climb.init(params), buffers, x, y)
     high = torch.vmap(loss_fn, in_dims=(0, 0, None, 0))(climbed, buffers, x, y)

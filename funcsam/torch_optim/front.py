@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-Params = Iterable[Any]
+Groups = Iterable[Any]
 Closure = Callable[[], Any]
 KEY = "funcsam"
 """Where a `state_dict` holds what torch does not know of."""
@@ -15,7 +15,7 @@ KEY = "funcsam"
 class Front(torch.optim.Optimizer):
     """What the front ends share: groups of params as a tree, gradients as a tree, and buffers that come back."""
 
-    def __init__(self, params: Params, defaults: dict[str, Any], model: nn.Module | Iterable[Tensor] | None) -> None:
+    def __init__(self, params: Groups, defaults: dict[str, Any], model: nn.Module | Iterable[Tensor] | None) -> None:
         super().__init__(params, defaults)
         self._model = model if isinstance(model, nn.Module) or model is None else list(model)
 

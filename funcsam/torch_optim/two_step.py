@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from funcsam.core import checks, tree
 from funcsam.core.transform import Transform
+from funcsam.core.types import State
 from funcsam.family.sam import adaptive_ascent, plain_ascent
 from funcsam.family.sharpness_aware import Combine, check_ascent
-from funcsam.torch_optim.front import KEY, Closure, Front, Params, add, clones, copy
+from funcsam.torch_optim.front import KEY, Closure, Front, Groups, add, clones, copy
 
 FirstPass = Literal["auto", "closure", "gradients"]
 
@@ -20,7 +21,7 @@ class _Between(NamedTuple):
     """What must come back after the second pass.
 
     Attributes:
-        params: Params as they were, by group.
+        params: Groups as they were, by group.
         grads: Gradients of the first pass by group, if they are needed again; `None` where there was none.
         state: State of the ascent after this step.
         buffers: Buffers as the first pass left them.
@@ -29,7 +30,7 @@ class _Between(NamedTuple):
 
     params: list[list[Tensor]]
     grads: list[list[Tensor | None]] | None
-    state: Any
+    state: State
     buffers: list[Tensor]
     finite: Tensor | None
 
@@ -76,7 +77,7 @@ class SharpnessAware(Front):
 
     def __init__(
         self,
-        params: Params,
+        params: Groups,
         base_optimizer: type[torch.optim.Optimizer],
         ascent: Transform,
         combine: Combine | None = None,
@@ -93,7 +94,7 @@ class SharpnessAware(Front):
 
     def _start(
         self,
-        params: Params,
+        params: Groups,
         base_optimizer: type[torch.optim.Optimizer],
         own: dict[str, Any],
         model: nn.Module | Iterable[Tensor] | None,
@@ -330,7 +331,7 @@ class SAM(SharpnessAware):
 
     def __init__(
         self,
-        params: Params,
+        params: Groups,
         base_optimizer: type[torch.optim.Optimizer],
         rho: float = 0.05,
         adaptive: bool = False,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from funcsam.core.transform import Transform
-from funcsam.torch_optim.front import KEY, Closure, Front, Params, add, clones, copy
+from funcsam.torch_optim.front import KEY, Closure, Front, Groups, add, clones, copy
 
 
 class Optimizer(Front):
@@ -27,7 +27,7 @@ class Optimizer(Front):
 
     def __init__(
         self,
-        params: Params,
+        params: Groups,
         transform: Transform | Callable[..., Transform],
         *,
         model: nn.Module | Iterable[Tensor] | None = None,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import optree
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from funcsam.core import checks, levels, tree
 from funcsam.core.records import factory
-from funcsam.core.slices import Batch, InDims, taken_apart
-from funcsam.core.transform import Aux, GradsFn, State, Transform
-
-P = TypeVar("P")
+from funcsam.core.slices import Batch, taken_apart
+from funcsam.core.transform import Transform
+from funcsam.core.types import Aux, InDims, P, PairedGradsFn, State
 
 
 def _mean(parts: list[tuple[float, Any]]) -> Any:
@@ -79,15 +78,15 @@ def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | 
         raise TypeError(f"microbatch: `inner` must be a Transform, got {type(inner).__name__}.")
     checks.count("microbatch", m=m, **({} if chunk_size is None else {"chunk_size": chunk_size}))
 
-    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+    def update(params: P, grads_fn: PairedGradsFn, state: State, *batch: object) -> tuple[P, State, Aux]:
         whole = taken_apart("microbatch", batch, in_dims)
         if m == 1:
-            return inner._update(params, grads_fn, state, *batch)
+            return inner.update_unchecked(params, grads_fn, state, *batch)
         if whole.size < m:
             raise ValueError(f"microbatch: the batch must have at least {m} examples, one per slice, got {whole.size}.")
 
         def one(*leaves: Any) -> Any:
-            return inner._update(params, grads_fn, state, *whole.put(leaves))
+            return inner.update_unchecked(params, grads_fn, state, *whole.put(leaves))
 
         answer: tuple[P, State, Aux] = _mean(
             [
@@ -97,7 +96,7 @@ def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | 
         )
         return answer
 
-    return Transform(inner._init, update, object, lambda state: [(inner, state)])
+    return Transform(inner.init_unchecked, update, object, lambda state: [(inner, state)])
 
 
 def _chunks(examples: int, m: int, chunk_size: int | None) -> list[tuple[int, int, int]]:
@@ -154,7 +153,7 @@ def ascent_batch(fraction: float, in_dims: InDims = 0) -> Transform:
     if not 0 < fraction <= 1:
         raise ValueError(f"ascent_batch: `fraction` must be in (0, 1], got {fraction}.")
 
-    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+    def update(params: P, grads_fn: PairedGradsFn, state: State, *batch: object) -> tuple[P, State, Aux]:
         whole = taken_apart("ascent_batch", batch, in_dims)
         grads, aux = grads_fn(params, *whole.put(whole.part(0, math.ceil(fraction * whole.size))))
         return grads, state, aux

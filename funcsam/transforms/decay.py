@@ -1,14 +1,13 @@
 """Weight decay as a transform."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from funcsam.core import checks, schedules, tree
-from funcsam.core.masks import Mask
 from funcsam.core.records import factory
-from funcsam.core.schedules import ScalarOrSchedule
-from funcsam.core.transform import State, Transform, lift, saveable
+from funcsam.core.transform import Transform, lift, saveable
+from funcsam.core.types import Mask, Params, ScalarOrSchedule, State
 
 
 @saveable
@@ -44,7 +43,7 @@ def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask = None)
     """
     checks.nonnegative("add_decayed_weights", weight_decay=weight_decay)
 
-    def update(grads: Any, state: DecayState, params: Any) -> tuple[Any, State]:
+    def update(grads: Params, state: DecayState, params: Params) -> tuple[Params, State]:
         factor = schedules.at(weight_decay, state.step)
         return tree.add_scaled(grads, factor, params, mask), DecayState(state.step + 1)
 

@@ -1,6 +1,6 @@
 """Steps that are skipped where something is not finite."""
 
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import optree
 import torch
@@ -8,9 +8,8 @@ from torch import Tensor
 
 from funcsam.core import tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Aux, GradsFn, State, Transform, saveable
-
-P = TypeVar("P")
+from funcsam.core.transform import Transform, saveable
+from funcsam.core.types import Aux, P, PairedGradsFn, Params, State
 
 
 @saveable
@@ -55,11 +54,11 @@ def apply_if_finite(inner: Transform) -> Transform:
     if not isinstance(inner, Transform):
         raise TypeError(f"apply_if_finite: `inner` must be a Transform, got {type(inner).__name__}.")
 
-    def init(params: Any) -> ApplyIfFiniteState:
-        return ApplyIfFiniteState(tree.counter(params), inner._init(params))
+    def init(params: Params) -> ApplyIfFiniteState:
+        return ApplyIfFiniteState(tree.counter(params), inner.init_unchecked(params))
 
-    def update(params: P, grads_fn: GradsFn, state: ApplyIfFiniteState, *batch: Any) -> tuple[P, State, Aux]:
-        updates, moved, aux = inner._update(params, grads_fn, state.inner, *batch)
+    def update(params: P, grads_fn: PairedGradsFn, state: ApplyIfFiniteState, *batch: object) -> tuple[P, State, Aux]:
+        updates, moved, aux = inner.update_unchecked(params, grads_fn, state.inner, *batch)
         finite = tree.all_finite(updates)
         updates, still = kept(finite, updates, moved, state.inner)
         return updates, ApplyIfFiniteState(state.skipped + ~finite, still), aux

@@ -1,17 +1,16 @@
 """Parameter groups: different transforms for different leaves."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import optree
 import torch
 
 from funcsam.core import checks, masks, tree
-from funcsam.core.masks import Mask
 from funcsam.core.records import factory
-from funcsam.core.transform import Aux, GradsFn, State, Transform, identity, kind_of, lift
+from funcsam.core.transform import Transform, identity, kind_of, lift
+from funcsam.core.types import Aux, Mask, P, PairedGradsFn, Params, State
 
-P = TypeVar("P")
 Labels = Any
 """A tree or a prefix tree of labels, or a function of path and leaf that returns one."""
 
@@ -70,7 +69,7 @@ def partition(labels: Labels, transforms: Mapping[Any, Transform]) -> Transform:
             got = f"{type(transform).__name__} for {label!r}"
             raise TypeError(f"partition: `transforms` must hold Transforms, got {got}.")
 
-    def spread(params: Any) -> list[Any]:
+    def spread(params: Params) -> list[Any]:
         found = masks.spread(labels, params)
         for position, label in enumerate(found):
             if label not in transforms:
@@ -82,14 +81,14 @@ def partition(labels: Labels, transforms: Mapping[Any, Transform]) -> Transform:
 
 
 def _partition(spread: Callable[[Any], list[Any]], transforms: Mapping[Any, Transform]) -> Transform:
-    def groups(params: Any) -> dict[Any, _Group]:
+    def groups(params: Params) -> dict[Any, _Group]:
         labels = spread(params)
         return {label: _Group(labels, label) for label in transforms if label in labels}
 
-    def init(params: Any) -> State:
-        return {label: transforms[label]._init(group.of(params)) for label, group in groups(params).items()}
+    def init(params: Params) -> State:
+        return {label: transforms[label].init_unchecked(group.of(params)) for label, group in groups(params).items()}
 
-    def update(params: P, grads_fn: GradsFn, state: State, *batch: Any) -> tuple[P, State, Aux]:
+    def update(params: P, grads_fn: PairedGradsFn, state: State, *batch: object) -> tuple[P, State, Aux]:
         parts = groups(params)
         if not isinstance(state, dict) or state.keys() != parts.keys():
             got = f"{sorted(map(str, state))}" if isinstance(state, dict) else kind_of(state)
@@ -99,7 +98,7 @@ def _partition(spread: Callable[[Any], list[Any]], transforms: Mapping[Any, Tran
         updates, new = grads, {}
         for label, group in parts.items():
             part, own = group.of(params), _own(group, params, grads_fn, batch, grads)
-            moved, new[label], _ = transforms[label]._update(part, own, state[label], *batch)
+            moved, new[label], _ = transforms[label].update_unchecked(part, own, state[label], *batch)
             updates = group.put(moved, updates)
         return updates, new, aux
 
@@ -112,11 +111,11 @@ def _partition(spread: Callable[[Any], list[Any]], transforms: Mapping[Any, Tran
     return whole
 
 
-def _own(group: _Group, params: P, grads_fn: GradsFn, batch: tuple[Any, ...], grads: P) -> GradsFn:
+def _own(group: _Group, params: P, grads_fn: PairedGradsFn, batch: tuple[object, ...], grads: P) -> PairedGradsFn:
     """What a group sees as its grads_fn; at the params, and on the whole batch, the answer is known."""
     here, _ = tree.flatten_any((group.of(params), batch))
 
-    def evaluate(part: Any, *args: Any) -> tuple[Any, Aux]:
+    def evaluate(part: Any, *args: Any) -> tuple[Params, Aux]:
         if _same(here, tree.flatten_any((part, args))[0]):
             return group.of(grads), ()
         found, _ = grads_fn(group.put(part, params), *args)
@@ -159,7 +158,7 @@ def freeze(mask: Mask = None) -> Transform:
         TypeError: If the mask holds anything but booleans.
     """
 
-    def update(grads: Any, state: State, params: Any) -> tuple[Any, State]:
+    def update(grads: Params, state: State, params: Params) -> tuple[Params, State]:
         leaves, spec = tree.flatten(grads)
         frozen = zip(leaves, masks.masks(mask, params), strict=True)
         return tree.unflatten(spec, [torch.zeros_like(g) if on else g for g, on in frozen], grads), state

@@ -1,16 +1,15 @@
 """Loss scaling for float16: gradients that neither vanish nor overflow."""
 
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcsam.core import checks, tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Aux, GradsFn, Kept, State, Transform, saveable
+from funcsam.core.transform import Carried, Transform, saveable
+from funcsam.core.types import Aux, CheckedGradsFn, P, PairedGradsFn, Params, State
 from funcsam.transforms.finite import kept
-
-P = TypeVar("P")
 
 
 @saveable
@@ -69,13 +68,15 @@ def dynamic_loss_scale(
     if backoff_factor >= 1:
         raise ValueError(f"dynamic_loss_scale: `backoff_factor` must be less than 1, got {backoff_factor}.")
 
-    def init(params: Any) -> LossScaleState:
+    def init(params: Params) -> LossScaleState:
         tracker = tree.counter(params).to(torch.int32)
-        return LossScaleState(torch.full_like(tracker, init_scale, dtype=torch.float32), tracker, inner._init(params))
+        return LossScaleState(
+            torch.full_like(tracker, init_scale, dtype=torch.float32), tracker, inner.init_unchecked(params)
+        )
 
-    def update(params: P, grads_fn: GradsFn, state: LossScaleState, *batch: Any) -> tuple[P, State, Aux]:
+    def update(params: P, grads_fn: PairedGradsFn, state: LossScaleState, *batch: object) -> tuple[P, State, Aux]:
         unscaled = _unscaled(grads_fn, state.scale)
-        updates, moved, (finite, aux) = inner._update(params, unscaled, state.inner, *batch)
+        updates, moved, (finite, aux) = inner.update_unchecked(params, unscaled, state.inner, *batch)
         finite = (finite == 1) & tree.all_finite(updates)
         updates, still = kept(finite, updates, moved, state.inner)
         tracker = state.growth_tracker + 1
@@ -88,19 +89,19 @@ def dynamic_loss_scale(
     return Transform(init, update, LossScaleState, lambda state: [(inner, state.inner)])
 
 
-def _unscaled(grads_fn: GradsFn, scale: Tensor) -> GradsFn:
+def _unscaled(grads_fn: PairedGradsFn, scale: Tensor) -> PairedGradsFn:
     """Gradients of the true size; where one entry is not finite all are NaN, so that none goes unseen downstream."""
-    scaled = getattr(grads_fn, "scaled", lambda scale: None)(scale)
+    scaled = grads_fn.scaled(scale) if isinstance(grads_fn, CheckedGradsFn) else None
     if scaled is None:
         raise TypeError(
             "dynamic_loss_scale: `grads_fn` must come from `funcsam.grad_and_value`, and the transform must wrap the "
             "whole chain: the loss is scaled before its backward pass."
         )
 
-    def evaluate(params: P, *batch: Any) -> tuple[P, Aux]:
+    def evaluate(params: P, *batch: object) -> tuple[P, Aux]:
         grads, aux = scaled(params, *batch)
         finite = tree.all_finite(grads)
         grads = tree.scale(torch.where(finite, 1 / scale, torch.nan), grads)
-        return grads, Kept(finite.to(scale.dtype), aux)
+        return grads, Carried(finite.to(scale.dtype), aux)
 
     return evaluate

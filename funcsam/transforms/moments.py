@@ -6,8 +6,8 @@ from torch import Tensor
 
 from funcsam.core import checks, schedules, tree
 from funcsam.core.records import factory
-from funcsam.core.schedules import ScalarOrSchedule
-from funcsam.core.transform import State, Transform, lift, saveable
+from funcsam.core.transform import Transform, lift, saveable
+from funcsam.core.types import Params, ScalarOrSchedule, State
 
 
 @saveable
@@ -46,10 +46,10 @@ def trace(decay: ScalarOrSchedule = 0.9, *, dampening: ScalarOrSchedule = 0.0, n
     if nesterov and damped:
         raise ValueError(f"trace: `dampening` must be 0 with `nesterov`, got {dampening}.")
 
-    def init(params: Any) -> TraceState:
+    def init(params: Params) -> TraceState:
         return TraceState(tree.counter(params), tree.zeros_like(params))
 
-    def update(grads: Any, state: TraceState, params: Any) -> tuple[Any, State]:
+    def update(grads: Params, state: TraceState, params: Params) -> tuple[Params, State]:
         factor = schedules.at(decay, state.step)
         fresh = grads
         if damped:
@@ -103,11 +103,11 @@ def scale_by_adam(
     checks.fraction("scale_by_adam", b1=b1, b2=b2)
     checks.nonnegative("scale_by_adam", eps=eps)
 
-    def init(params: Any) -> AdamState:
+    def init(params: Params) -> AdamState:
         mean, square = tree.zeros_like(params), tree.zeros_like(params)
         return AdamState(tree.counter(params), mean, square, tree.zeros_like(params) if amsgrad else ())
 
-    def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, State]:
+    def update(grads: Params, state: AdamState, params: Params) -> tuple[Params, State]:
         for moment, like in zip(state[1:], (params, params, params if amsgrad else ()), strict=True):
             checks.same("step", "state", moment, like)
         count = (state.step + 1).to(tree.real_dtype(params))

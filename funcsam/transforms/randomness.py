@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from funcsam.core import levels, tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Aux, GradsFn, State, Transform, kind_of, saveable
-
-P = TypeVar("P")
+from funcsam.core.transform import Transform, kind_of, saveable
+from funcsam.core.types import Aux, P, PairedGradsFn, Params, State
 
 
 @saveable
@@ -34,7 +33,7 @@ def _generator(device: str) -> tuple[Any, tuple[str, ...]]:
     return (torch, ()) if kind == "cpu" else (torch.get_device_module(kind), (device,))
 
 
-def _devices(params: Any) -> list[str]:
+def _devices(params: Params) -> list[str]:
     devices = {str(leaf.device) for leaf in optree.tree_leaves(params)}
     return [] if "meta" in devices else sorted(devices | {"cpu"})
 
@@ -103,11 +102,11 @@ def common_randomness(seed: int = 0) -> Transform:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"common_randomness: `seed` must be a whole number, got {type(seed).__name__}.")
 
-    def init(params: Any) -> RandomnessState:
+    def init(params: Params) -> RandomnessState:
         states = {device: torch.Generator(device).manual_seed(seed).get_state() for device in _devices(params)}
         return RandomnessState(tree.counter(params), states)
 
-    def update(params: P, grads_fn: GradsFn, state: RandomnessState, *batch: Any) -> tuple[P, State, Aux]:
+    def update(params: P, grads_fn: PairedGradsFn, state: RandomnessState, *batch: object) -> tuple[P, State, Aux]:
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "common_randomness: must run eagerly, got a call that is being compiled. "

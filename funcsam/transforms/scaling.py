@@ -1,17 +1,16 @@
 """Transforms that only rescale gradients: by a number, a norm, the size of the params, a learning rate."""
 
 from operator import neg
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optree
 import torch
 from torch import Tensor
 
 from funcsam.core import checks, schedules, tree
-from funcsam.core.masks import Mask
 from funcsam.core.records import factory
-from funcsam.core.schedules import ScalarOrSchedule
-from funcsam.core.transform import State, Transform, lift, saveable
+from funcsam.core.transform import Transform, lift, saveable
+from funcsam.core.types import Hyper, Mask, Params, ScalarOrSchedule, State
 
 
 @saveable
@@ -25,12 +24,12 @@ class ScaleState(NamedTuple):
     step: Tensor
 
 
-def _init(params: Any) -> ScaleState:
+def _init(params: Params) -> ScaleState:
     return ScaleState(tree.counter(params))
 
 
 @factory
-def scale(factor: Any) -> Transform:
+def scale(factor: Hyper) -> Transform:
     """Multiplies gradients by a factor: `u = factor g`.
 
     Args:
@@ -42,14 +41,14 @@ def scale(factor: Any) -> Transform:
     """
     checks.finite("scale", factor=factor)
 
-    def update(grads: Any, state: ScaleState, params: Any) -> tuple[Any, State]:
+    def update(grads: Params, state: ScaleState, params: Params) -> tuple[Params, State]:
         return tree.scale(schedules.at(factor, state.step), grads), ScaleState(state.step + 1)
 
     return lift(_init, update, ScaleState)
 
 
 @factory
-def scale_by_learning_rate(lr: Any) -> Transform:
+def scale_by_learning_rate(lr: Hyper) -> Transform:
     """Turns a descent direction into an update: `u = -lr g`.
 
     Args:
@@ -60,7 +59,7 @@ def scale_by_learning_rate(lr: Any) -> Transform:
     """
     checks.nonnegative("scale_by_learning_rate", lr=lr)
 
-    def update(grads: Any, state: ScaleState, params: Any) -> tuple[Any, State]:
+    def update(grads: Params, state: ScaleState, params: Params) -> tuple[Params, State]:
         rate = schedules.at(lr, state.step)
         rate = -rate if isinstance(rate, float | int | Tensor) else optree.tree_map(neg, rate)
         return tree.scale(rate, grads), ScaleState(state.step + 1)
@@ -79,14 +78,14 @@ def normalize() -> Transform:
     tensor([0.6000, 0.8000])
     """
 
-    def update(grads: Any, state: State, params: Any) -> tuple[Any, State]:
+    def update(grads: Params, state: State, params: Params) -> tuple[Params, State]:
         return tree.scale(tree.reciprocal(tree.norm(grads)), grads), state
 
     return lift(lambda params: (), update, ())
 
 
 @factory
-def scale_by_magnitude(eta: Any = 0.0, mask: Mask = None) -> Transform:
+def scale_by_magnitude(eta: Hyper = 0.0, mask: Mask = None) -> Transform:
     """Multiplies gradients by the magnitude of the params: `u = T g` with `T = |w| + eta`.
 
     Args:
@@ -102,7 +101,7 @@ def scale_by_magnitude(eta: Any = 0.0, mask: Mask = None) -> Transform:
     """
     checks.nonnegative("scale_by_magnitude", eta=eta)
 
-    def update(grads: Any, state: ScaleState, params: Any) -> tuple[Any, State]:
+    def update(grads: Params, state: ScaleState, params: Params) -> tuple[Params, State]:
         updates = tree.scale_by_magnitude(grads, params, schedules.at(eta, state.step), mask)
         return updates, ScaleState(state.step + 1)
 
@@ -126,7 +125,7 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule) -> Transform:
     """
     checks.positive("clip_by_global_norm", max_norm=max_norm)
 
-    def update(grads: Any, state: ScaleState, params: Any) -> tuple[Any, State]:
+    def update(grads: Params, state: ScaleState, params: Params) -> tuple[Params, State]:
         norm, bound = tree.norm(grads), schedules.at(max_norm, state.step)
         factor = torch.where(norm > bound, bound * tree.reciprocal(norm), 1.0)
         return tree.scale(factor, grads), ScaleState(state.step + 1)
