@@ -5,7 +5,7 @@ a schedule is only known once it is called.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -77,13 +77,27 @@ def share(where: str, **named: Tree) -> None:
     _numbers(where, "in [0, 1]", lambda x: 0 <= x <= 1, named)
 
 
-def count(where: str, **named: int) -> None:
-    """Raises unless every value is a positive whole number."""
+def integer(where: str, **named: object) -> None:
+    """Raises unless every value is a whole number; a bool is none."""
     for name, value in named.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{where}: `{name}` must be a whole number, got {type(value).__name__}.")
+
+
+def count(where: str, **named: int) -> None:
+    """Raises unless every value is a positive whole number."""
+    integer(where, **named)
+    for name, value in named.items():
         if value < 1:
             raise ValueError(f"{where}: `{name}` must be at least 1, got {value}.")
+
+
+def choice(where: str, options: Sequence[str], **named: object) -> None:
+    """Raises unless every value is one of the options, of which there are at least two."""
+    for name, value in named.items():
+        if not (isinstance(value, str) and value in options):
+            *others, last = (f'"{option}"' for option in options)
+            raise ValueError(f"{where}: `{name}` must be {', '.join(others)} or {last}, got {value!r}.")
 
 
 def function(where: str, **named: Any) -> None:

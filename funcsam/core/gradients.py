@@ -41,8 +41,7 @@ def grad_and_value(loss_fn: Loss, has_aux: bool = False, backend: Backend = "aut
     ({'w': tensor(24.)}, tensor(36.))
     """
     checks.function("grad_and_value", loss_fn=loss_fn)
-    if backend not in ("auto", "func", "autograd"):
-        raise ValueError(f'grad_and_value: `backend` must be "auto", "func" or "autograd", got {backend!r}.')
+    checks.choice("grad_and_value", ("auto", "func", "autograd"), backend=backend)
     return GradAndValue(loss_fn, has_aux, backend)
 
 

@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam.core import levels, tree
+from funcsam.core import checks, levels, tree
 from funcsam.core.records import factory
 from funcsam.core.transform import Transform, kind_of, saveable
 from funcsam.core.types import Aux, P, PairedGradsFn, Params, State
@@ -99,8 +99,7 @@ def common_randomness(seed: int = 0) -> Transform:
     References:
         Foret et al., 2021: their code evaluates both gradients with one dropout key.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"common_randomness: `seed` must be a whole number, got {type(seed).__name__}.")
+    checks.integer("common_randomness", seed=seed)
 
     def init(params: Params) -> RandomnessState:
         states = {device: torch.Generator(device).manual_seed(seed).get_state() for device in _devices(params)}
