@@ -192,4 +192,4 @@ def _value(x: Tensor) -> Tensor:
 
 
 def _held(loss_fn: Loss, graph: bool) -> contextlib.AbstractContextManager[Loss]:
-    return loss_fn.held(differentiated=graph) if isinstance(loss_fn, ScopedLoss) else contextlib.nullcontext(loss_fn)
+    return loss_fn.in_force(differentiated=graph) if isinstance(loss_fn, ScopedLoss) else contextlib.nullcontext(loss_fn)

@@ -1,65 +1,67 @@
 """The types of the library.
 
-A pytree has no type in Python: a `dict[str, Tensor]`, a list and a class of the user's own are all trees. So a tree is
-`Any` under a name that says what it holds, and a function that keeps the structure of a tree says so by `P`.
+Python has no type for a pytree: a `dict[str, Tensor]`, a list and a class of the user's own are all trees. So a tree
+has a name here that says what it holds, and type checkers accept everything for it. A function that keeps the structure
+of a tree says so by `P`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Concatenate, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 P = TypeVar("P")
 """The type of the params: what keeps their structure returns the type that it was given."""
+V = TypeVar("V", covariant=True)
 Tree: TypeAlias = Any
 """Anything that optree takes apart: nested dicts, lists, tuples and NamedTuples, registered classes, or one leaf."""
-Params: TypeAlias = Any
+Params: TypeAlias = Tree
 """A tree of floating-point or complex tensors. Gradients and updates have its structure and its shapes."""
-State: TypeAlias = Any
+State: TypeAlias = Tree
 """A tree of tensors whose structure depends on the params alone; a transform without memory has `()`."""
-Aux: TypeAlias = Any
+Aux: TypeAlias = Tree
 """What a loss returns beside the gradient: its value, buffers, metrics. `()` for a bare gradient function."""
+
+
+class Node(Protocol[V]):
+    """A list, a tuple or a dict whose entries have the type `V`. A string is none: it holds nothing but strings."""
+
+    def __len__(self) -> int:
+        """Returns the number of entries."""
+
+    def __contains__(self, entry: object, /) -> bool:
+        """Tells whether an object is among the entries or keys."""
+
+    def __getitem__(self, key: Any, /) -> V:
+        """Returns one entry."""
+
+
 Number: TypeAlias = float | Tensor
 """A number, or a tensor of shape ()."""
-Schedule: TypeAlias = Callable[[Tensor], Any]
+Schedule: TypeAlias = Callable[[Tensor], Number]
 """A function from the step, int64 of shape (), to a number or a tensor of shape ()."""
 ScalarOrSchedule: TypeAlias = Number | Schedule
 """A number, a tensor of shape (), or a function from the step to either."""
-Hyper: TypeAlias = ScalarOrSchedule | Mapping[Any, "Hyper"] | Sequence["Hyper"]
+Hyper: TypeAlias = ScalarOrSchedule | Node["Hyper"]
 """A hyperparameter: a number, a tensor of shape (), a schedule, or a prefix tree of these, one for each subtree."""
-Mask: TypeAlias = bool | Callable[..., bool] | Mapping[Any, "Mask"] | Sequence["Mask"] | None
+Mask: TypeAlias = bool | Callable[..., bool] | Node["Mask"] | None
 """Where something applies: a prefix tree of booleans, or a function of path and leaf. `None` is everywhere."""
-InDims: TypeAlias = int | Mapping[Any, "InDims"] | Sequence["InDims"] | None
+InDims: TypeAlias = int | Node["InDims"] | None
 """An axis for every argument of the batch, as in `torch.vmap`: a whole number, or a tuple with a whole number, `None`
 (not sliced) or a prefix tree of these for each argument."""
-Loss: TypeAlias = Callable[..., Any]
+Loss: TypeAlias = Callable[..., Tensor | tuple[Tensor, Aux]]
 """`loss(params, *batch)` returns a real tensor of shape (), or `(loss, aux)`."""
-
-
-class GradAndAuxFn(Protocol[P]):
-    """A gradient function that returns a pair, as `torch.func.grad_and_value` does."""
-
-    def __call__(self, params: P, /, *batch: Any, **options: Any) -> tuple[P, Aux]:
-        """Returns `(grads, aux)`."""
-
-
-class GradFn(Protocol[P]):
-    """A gradient function that returns gradients alone, as `torch.func.grad` does."""
-
-    def __call__(self, params: P, /, *batch: Any, **options: Any) -> P:
-        """Returns the gradients."""
-
-
-GradsFn: TypeAlias = GradAndAuxFn[P] | GradFn[P]
-"""A gradient function, `grads_fn(params, *batch)`, that returns `(grads, aux)` or `grads`."""
+GradsFn: TypeAlias = Callable[Concatenate[P, ...], tuple[P, Aux]] | Callable[Concatenate[P, ...], P]
+"""A gradient function, `grads_fn(params, *batch)`: it returns `(grads, aux)`, as `torch.func.grad_and_value` does, or
+`grads` alone, as `torch.func.grad` does."""
 
 
 class PairedGradsFn(Protocol):
     """What a transform is given as its `grads_fn`: it always returns the pair, and the gradients fit the params."""
 
-    def __call__(self, params: P, /, *batch: Any) -> tuple[P, Aux]:
+    def __call__(self, params: P, /, *batch: object) -> tuple[P, Aux]:
         """Returns `(grads, aux)`."""
 
 
@@ -67,7 +69,7 @@ class CheckedGradsFn(ABC):
     """A gradient function that checks its own answers, so that a transform need not."""
 
     @abstractmethod
-    def __call__(self, params: P, /, *batch: Any) -> tuple[P, Aux]:
+    def __call__(self, params: P, /, *batch: object) -> tuple[P, Aux]:
         """Returns `(grads, aux)`: dense gradients in the structure and the shapes of the params."""
 
     @abstractmethod
@@ -82,7 +84,7 @@ class CheckedGradsFn(ABC):
 class ScalableGradsFn(Protocol):
     """A gradient function whose loss can be multiplied before its backward pass, as `dynamic_loss_scale` needs."""
 
-    def scaled(self, factor: Tensor) -> GradsFn[Any]:
+    def scaled(self, factor: Tensor) -> GradsFn[Params]:
         """Returns the function whose gradients are those of `factor` times the loss, and whose `aux` is unchanged."""
 
 
@@ -90,26 +92,15 @@ class ScalableGradsFn(Protocol):
 class ScopedLoss(Protocol):
     """A loss that must stay in force until its backward pass is over, as that of a module with checkpointing."""
 
-    def held(self, again: bool = True, differentiated: bool = False) -> AbstractContextManager[Loss]:
+    def in_force(self, again: bool = True, differentiated: bool = False) -> AbstractContextManager[Loss]:
         """Gives the loss for one forward and backward pass inside the context."""
 
 
-class Init(Protocol):
-    """`init(params) -> state`."""
-
-    def __call__(self, params: Any, /) -> State:
-        """Returns the state before the first step."""
-
-
-class Update(Protocol):
-    """`update(params, grads_fn, state, *batch) -> (updates, state, aux)`."""
-
-    def __call__(self, params: Any, grads_fn: Any, state: Any, /, *batch: Any) -> tuple[Any, State, Aux]:
-        """Returns updates in the structure of the params, the next state, and the `aux` of the params."""
-
-
-class PlainUpdate(Protocol):
-    """`update(grads, state, params) -> (updates, state)`: the way optax users write a transform."""
-
-    def __call__(self, grads: Any, state: Any, params: Any, /) -> tuple[Any, State]:
-        """Returns updates in the structure of the gradients, and the next state."""
+Init: TypeAlias = Callable[[Params], State]
+"""`init(params)` returns the state before the first step."""
+Update: TypeAlias = Callable[Concatenate[Params, PairedGradsFn, State, ...], tuple[Params, State, Aux]]
+"""`update(params, grads_fn, state, *batch)` returns updates in the structure of the params, the next state, and the
+`aux` of the params."""
+PlainUpdate: TypeAlias = Callable[[Params, State, Params], tuple[Params, State]]
+"""`update(grads, state, params)` returns updates in the structure of the gradients, and the next state: the way optax
+users write a transform."""
