@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcsam.core import checks, graphs, levels, tree
+from funcsam.core import checks, frames, graphs, levels, tree
 from funcsam.core.types import P, Params
 
 Coordinates = Tensor | Sequence[float]
@@ -280,11 +280,11 @@ def _evaluated(
             raise ValueError(f"{where}: `loss_fn` must return a loss of shape (), or a pair of it and more, got {got}.")
         return loss
 
-    found, since = [], graphs.clock()
+    found, since = [], graphs.sequence_number()
     for part in zip(*(torch.split(each, chunk_size) for each in points), strict=True):
-        with levels.in_step(), levels.batching():
+        with frames.in_step(), levels.batching():
             losses = torch.vmap(at)(*part) if chunk_size > 1 else at(*(each[0] for each in part))[None]
-            found.append(graphs.settled(losses, (), since))
+            found.append(graphs.detach_values(losses, (), since))
         if progress is not None:
             progress(len(part[0]))
     return torch.cat(found)

@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, TypeGuard
 
 import optree
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
-from funcsam.core import checks, graphs, levels, tree
+from funcsam.core import checks, frames, graphs, levels, tree
 from funcsam.core.types import Aux, CheckedGradsFn, Loss, P, Params, ScopedLoss
 
 Backend = Literal["auto", "func", "autograd"]
@@ -50,7 +50,7 @@ class GradAndValue(CheckedGradsFn):
 
     def __init__(self, loss_fn: Loss, has_aux: bool, backend: Backend, factor: Tensor | None = None) -> None:
         self.loss_fn, self.has_aux, self.backend, self.factor = loss_fn, has_aux, backend, factor
-        self._captures = False  # what the last call found, to save the next a second look
+        self._needs_graph = False  # that the last evaluation needed a graph: the next builds one at once
 
     def __repr__(self) -> str:
         name = getattr(self.loss_fn, "__qualname__", None) or repr(self.loss_fn)
@@ -63,7 +63,7 @@ class GradAndValue(CheckedGradsFn):
     def __call__(self, params: P, /, *batch: object) -> tuple[P, Aux]:
         """Returns `(grads, loss)`, or `(grads, (loss, aux))` with `has_aux`."""
         leaves, spec = tree.flatten(params)
-        plain = levels.eager() and not _inference(leaves)
+        plain = levels.eager() and not _in_inference_mode(leaves)
         if self.backend == "autograd" and not plain and not torch.compiler.is_compiling():
             where = "in inference mode" if levels.eager() else "under `torch.func` transforms"
             raise RuntimeError(
@@ -71,14 +71,14 @@ class GradAndValue(CheckedGradsFn):
             )
         with levels.fresh():
             if self.backend == "autograd" or (self.backend == "auto" and plain):
-                found, loss, aux = _autograd(self, leaves, spec, params, batch)
+                found, loss, aux = _by_autograd(self, leaves, spec, params, batch)
                 grads = tree.unflatten(spec, found, params)
             else:
-                grads, loss, aux = _func(self, params, batch)
+                grads, loss, aux = _by_func(self, params, batch)
         return grads, (loss, aux) if self.has_aux else loss
 
-    def evaluate(self, loss_fn: Loss, params: Params, batch: tuple[object, ...]) -> tuple[Tensor, tuple[Tensor, Any]]:
-        """Returns what is differentiated, and with it the loss and aux; checks what the user's function returned."""
+    def evaluate(self, loss_fn: Loss, params: Params, batch: tuple[object, ...]) -> tuple[Tensor, tuple[Tensor, Aux]]:
+        """Evaluates the loss and checks what it returns; returns the tensor to differentiate, and `(loss, aux)`."""
         answer = loss_fn(params, *batch)
         if self.has_aux and not (isinstance(answer, tuple) and len(answer) == 2):
             got = type(answer).__name__
@@ -93,58 +93,58 @@ class GradAndValue(CheckedGradsFn):
         return loss if self.factor is None else loss * self.factor, (loss, aux)
 
 
-def _inference(leaves: Sequence[Tensor]) -> bool:
-    """Tells whether plain autograd would record nothing."""
+def _in_inference_mode(leaves: Sequence[Tensor]) -> bool:
+    """Tells whether plain autograd records nothing: in inference mode, and for tensors that were made in it."""
     return torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, leaves))
 
 
-def _func(fn: GradAndValue, params: P, batch: tuple[object, ...]) -> tuple[P, Tensor, Any]:
+def _by_func(fn: GradAndValue, params: P, batch: tuple[object, ...]) -> tuple[P, Tensor, Aux]:
     if not tree.flatten(params)[0]:
         return params, *fn.evaluate(fn.loss_fn, params, batch)[1]
     differentiate = torch.func.grad(lambda params, *batch: fn.evaluate(fn.loss_fn, params, batch), has_aux=True)
-    since = graphs.clock()
+    since = graphs.sequence_number()
     grads, (loss, aux) = differentiate(params, *batch)
     leaves, spec = tree.flatten(grads)
     if any(g.layout is not torch.strided for g in leaves):
         grads = tree.unflatten(spec, _dense(leaves, leaves), params)
-    answer: tuple[P, Tensor, Any] = graphs.settled((grads, loss, aux), params, since)
-    return answer
+    return graphs.detach_values((grads, loss, aux), params, since)
 
 
-Answer = tuple[Sequence[Tensor], Tensor, Any]
+Answer = tuple[Sequence[Tensor], Tensor, Aux]
 """The gradients of the leaves, the loss and aux."""
 
 
-def _autograd(
+def _by_autograd(
     fn: GradAndValue, leaves: list[Tensor], spec: optree.PyTreeSpec, params: Params, batch: tuple[object, ...]
 ) -> Answer:
     given = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*leaves, *batch))
-    if not (given or fn._captures):
-        answer = _values(fn, leaves, spec, params, batch)
+    if not (given or fn._needs_graph):
+        answer = _without_graph(fn, leaves, spec, params, batch)
         if answer is not None:
             return answer
-        fn._captures = True
-    return _graph(fn, leaves, spec, params, batch, given)
+        fn._needs_graph = True
+    return _with_graph(fn, leaves, spec, params, batch, given)
 
 
-def _values(
+def _without_graph(
     fn: GradAndValue, leaves: list[Tensor], spec: optree.PyTreeSpec, params: Params, batch: tuple[object, ...]
 ) -> Answer | None:
-    """Returns an answer without a graph, or nothing if the loss captures something by which it has one."""
-    looking, stepping = torch.is_grad_enabled() and not torch.compiler.is_compiling(), levels.stepping()
-    with torch.enable_grad(), levels.in_loss(), _held(fn.loss_fn, False) as loss_fn:
+    """Returns an answer without a graph, or `None` if the loss captures something that must be differentiated."""
+    searches = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    captures_are_values = frames.captures_are_values()
+    with torch.enable_grad(), frames.in_loss(), _loss_in_force(fn.loss_fn, False) as loss_fn:
         inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-        since = graphs.clock()
+        since = graphs.sequence_number()
         target, (loss, aux) = fn.evaluate(loss_fn, tree.unflatten(spec, inputs, params), batch)
         grads = _grads(target, inputs)
         tracked = _tracked(target, aux)
-        more = looking and (len(tracked) > 1 or graphs.leaves(target) != sum(g is not None for g in grads))
-        if more and graphs.captured(tracked, inputs, since, False, stepping):
+        more = searches and (len(tracked) > 1 or graphs.count_leaves(target) != sum(g is not None for g in grads))
+        if more and graphs.differentiable(tracked, inputs, since, False, captures_are_values):
             return None
-    return _dense(grads, leaves), loss.detach(), optree.tree_map(_value, aux) if fn.has_aux else aux
+    return _dense(grads, leaves), loss.detach(), optree.tree_map(_detached, aux) if fn.has_aux else aux
 
 
-def _graph(
+def _with_graph(
     fn: GradAndValue,
     leaves: list[Tensor],
     spec: optree.PyTreeSpec,
@@ -152,16 +152,20 @@ def _graph(
     batch: tuple[object, ...],
     given: bool,
 ) -> Answer:
-    """Returns an answer with its graph, if an argument requires grad (`given`) or the loss captures what does."""
-    looking, stepping = torch.is_grad_enabled() and not torch.compiler.is_compiling(), levels.stepping()
-    with torch.enable_grad(), levels.in_loss(), _held(fn.loss_fn, True) as loss_fn:
-        inputs = [leaf.view_as(leaf) if leaf.requires_grad else graphs.value(leaf) for leaf in leaves]
-        since = graphs.clock()
+    """Returns an answer that has a graph if an argument (`given`) or a tensor that the loss captures requires grad."""
+    searches = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    captures_are_values = frames.captures_are_values()
+    with torch.enable_grad(), frames.in_loss(), _loss_in_force(fn.loss_fn, True) as loss_fn:
+        inputs = [leaf.view_as(leaf) if leaf.requires_grad else graphs.inner_leaf(leaf) for leaf in leaves]
+        since = graphs.sequence_number()
         target, (loss, aux) = fn.evaluate(loss_fn, tree.unflatten(spec, inputs, params), batch)
-        differentiable = graphs.captured(_tracked(target, aux), inputs, since, given, stepping) if looking else given
+        differentiable = given
+        if searches:
+            tracked = _tracked(target, aux)
+            differentiable = graphs.differentiable(tracked, inputs, since, given, captures_are_values)
         grads = _grads(target, inputs, differentiable)
     if not differentiable:
-        loss, aux = loss.detach(), optree.tree_map(_value, aux)
+        loss, aux = loss.detach(), optree.tree_map(_detached, aux)
     return _dense(grads, leaves), loss, aux
 
 
@@ -170,7 +174,7 @@ def _grads(target: Tensor, inputs: list[Tensor], create_graph: bool = False) -> 
         return [None] * len(inputs)
     if type(target) is not Tensor or torch.compiler.is_compiling():
         return torch.autograd.grad(target, inputs, create_graph=create_graph, allow_unused=True)
-    # The same without its checks, which take a tenth of the time of a small network's backward pass.
+    # `torch.autograd.grad` without its checks, which take a tenth of the time of a small network's backward pass.
     found: tuple[Tensor | None, ...] = _engine_run_backward(
         (target,), (torch.ones_like(target),), create_graph, create_graph, tuple(inputs), True, accumulate_grad=False
     )
@@ -182,14 +186,18 @@ def _dense(grads: Sequence[Tensor | None], leaves: list[Tensor]) -> list[Tensor]
     return [torch.zeros_like(x) if g is None else g if g.layout is torch.strided else g.to_dense() for g, x in pairs]
 
 
-def _tracked(target: Tensor, aux: Any) -> list[Tensor]:
-    """Returns the loss, and what of aux has a graph."""
+def _tracked(target: Tensor, aux: Aux) -> list[Tensor]:
+    """Returns the loss, and the leaves of aux that require grad."""
     return [target, *(x for x in optree.tree_leaves(aux) if x.requires_grad)]
 
 
-def _value(x: Tensor) -> Tensor:
+def _detached(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
-def _held(loss_fn: Loss, graph: bool) -> contextlib.AbstractContextManager[Loss]:
-    return loss_fn.in_force(differentiated=graph) if isinstance(loss_fn, ScopedLoss) else contextlib.nullcontext(loss_fn)
+def _loss_in_force(loss_fn: Loss, differentiated: bool) -> contextlib.AbstractContextManager[Loss]:
+    return loss_fn.in_force(differentiated=differentiated) if _scoped(loss_fn) else contextlib.nullcontext(loss_fn)
+
+
+def _scoped(loss_fn: Loss) -> TypeGuard[ScopedLoss]:
+    return hasattr(loss_fn, "in_force")  # `isinstance` with a Protocol takes 6 microseconds at each evaluation

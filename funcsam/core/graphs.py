@@ -1,34 +1,32 @@
-"""Which graph the answer of a loss has: by what it can be differentiated, beside its arguments."""
+"""Autograd graphs: by what else than its arguments the answer of a loss can be differentiated."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import optree
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
-from funcsam.core import levels, tree
-from funcsam.core.types import Params
+from funcsam.core import frames, levels, tree
+from funcsam.core.types import P, Params
 
 
-def clock() -> int:
-    """Returns a number that the autograd nodes made from now on reach at least."""
+def sequence_number() -> int:
+    """Returns the sequence number of the next autograd node: nodes that are made later have at least this number."""
     return 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
 
 
-def value(x: Tensor) -> Tensor:
-    """Returns a new leaf by which only the evaluation differentiates that made it."""
+def inner_leaf(x: Tensor) -> Tensor:
+    """Returns a new leaf for one evaluation; for every other evaluation it is a value, not to be differentiated by."""
     leaf = x.detach().requires_grad_()
-    leaf._funcsam_value = True  # type: ignore[attr-defined]
+    leaf._funcsam_inner = True  # type: ignore[attr-defined]
     return leaf
 
 
-_LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+_LEAF: type = vars(torch._C._functions)["AccumulateGrad"]
 
 
-def leaves(target: Tensor) -> int:
-    """Counts the leaves that a graph ends in: a quick look, to see whether there are more than there should be."""
+def count_leaves(target: Tensor) -> int:
+    """Counts the leaves of a graph that require grad; quicker than `differentiable`, which says what they are."""
     if target.grad_fn is None:
         return int(target.requires_grad)
     seen, nodes, count = set(), [target.grad_fn], 0
@@ -43,44 +41,51 @@ def leaves(target: Tensor) -> int:
     return count
 
 
-def settled(outputs: Any, params: Params, since: int) -> Any:
-    """Detaches what was computed in a step, since some time, if nothing but values can be differentiated in it."""
-    if not levels.stepping():
+def detach_values(outputs: P, params: Params, since: int) -> P:
+    """Detaches what a step computed after a sequence number, unless it can be differentiated by more than values."""
+    if not frames.captures_are_values():
         return outputs
-    found = [x for x in optree.tree_leaves(outputs) if isinstance(x, Tensor)]
-    tracked = [x for x in map(levels.raw, found) if x.requires_grad]
+    found, spec = tree.flatten_any(outputs)
+    tracked = [x for x in map(levels.raw, filter(torch.is_tensor, found)) if x.requires_grad]
     if not tracked:
         return outputs
     inputs = [levels.raw(leaf) for leaf in tree.flatten(params)[0]]
-    if captured(tracked, inputs, since, any(x.requires_grad for x in inputs), True):
+    if differentiable(tracked, inputs, since, any(x.requires_grad for x in inputs), True):
         return outputs
-    return optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, outputs)
+    return tree.unflatten(spec, [x.detach() if isinstance(x, Tensor) else x for x in found], outputs)
 
 
-def captured(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since: int, given: bool, stepping: bool) -> bool:
-    """Tells whether outputs can be differentiated by their inputs, if these are `given` to be, or by anything else.
+def differentiable(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], since: int, given: bool, captures_are_values: bool
+) -> bool:
+    """Tells whether outputs can be differentiated by their inputs, or by what the loss captures.
 
-    In a step `nn.Parameter`s are values.
+    Args:
+        outputs: Tensors that require grad.
+        inputs: What they were computed from.
+        since: The sequence number at which their computation began; the graph before it is not searched.
+        given: Whether they can be differentiated by the inputs; only other tensors are searched for.
+        captures_are_values: Whether an `nn.Parameter` that the loss captures is a value, as in a step.
 
     Raises:
-        RuntimeError: In a step, if there are such values beside something that is differentiated.
+        RuntimeError: In a step, if the loss captures such a value and something else is differentiated.
     """
-    own = {id(x) for x in inputs}
+    input_ids = {id(x) for x in inputs}
     seen = {x.grad_fn for x in (*inputs, *outputs)}
-    nodes: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    nodes: list[Node] = [x.grad_fn for x in outputs if x.grad_fn is not None]
     nodes += [get_gradient_edge(x).node for x in outputs if x.grad_fn is None and x.requires_grad]
     found, parameter = given, None
     while nodes:
         node = nodes.pop()
-        behind = node.next_functions
-        if behind and node._sequence_nr() >= since:
-            new = [each for each, _ in behind if each is not None and each not in seen]
+        edges = node.next_functions
+        if edges and node._sequence_nr() >= since:
+            new = [each for each, _ in edges if each is not None and each not in seen]
             seen.update(new)
             nodes += new
-        elif behind:
+        elif edges:
             found = True  # made before
-        elif (variable := getattr(node, "variable", None)) is not None and id(variable) not in own:
-            if hasattr(variable, "_funcsam_value"):
+        elif (variable := getattr(node, "variable", None)) is not None and id(variable) not in input_ids:
+            if hasattr(variable, "_funcsam_inner"):
                 continue
             if isinstance(variable, nn.Parameter):
                 parameter = variable
@@ -88,10 +93,10 @@ def captured(outputs: Sequence[Tensor], inputs: Sequence[Tensor], since: int, gi
                 found = True
     if parameter is None:
         return found
-    if stepping and found:
+    if captures_are_values and found:
         raise RuntimeError(
             "update: a step that is differentiated must not capture an nn.Parameter that requires grad, got one of "
             f"shape {tuple(parameter.shape)}. Freeze it, `requires_grad_(False)`, if it is a value; differentiate by "
             "`torch.func.grad` if not."
         )
-    return found or not stepping
+    return found or not captures_are_values

@@ -14,7 +14,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcsam.core import checks, graphs, levels, tree
+from funcsam.core import checks, frames, graphs, tree
 from funcsam.core.records import Recorded, factory, home, leaves
 from funcsam.core.types import (
     Aux,
@@ -58,8 +58,8 @@ class _Checked(CheckedGradsFn):
         return _Checked(self.grads_fn.scaled(factor)) if isinstance(self.grads_fn, ScalableGradsFn) else None
 
     def __call__(self, params: P, /, *batch: object) -> tuple[P, Aux]:
-        since = graphs.clock()
-        answer = graphs.settled(self.grads_fn(params, *batch), params, since)
+        since = graphs.sequence_number()
+        answer: Tree = graphs.detach_values(self.grads_fn(params, *batch), params, since)
         leaves, spec = tree.flatten(params)
         pair = isinstance(answer, tuple) and len(answer) == 2
         grads, found = (tree.flatten(answer[0])) if pair else ([], None)
@@ -194,7 +194,7 @@ class Transform(Recorded):
     def _taken(self, params: P, grads_fn: GradsFn[P], state: State, batch: tuple[object, ...]) -> tuple[P, State, Aux]:
         self.check_state(state)
         checked = grads_fn if isinstance(grads_fn, CheckedGradsFn) else _Checked(grads_fn)
-        with levels.in_step():
+        with frames.in_step():
             return self.update_unchecked(params, checked, state, *batch)
 
 

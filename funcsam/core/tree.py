@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from funcsam.core import checks, kernels, levels, masks, shards
+from funcsam.core import checks, frames, kernels, levels, masks, shards
 from funcsam.core.kernels import Scalar
 from funcsam.core.types import Mask, P, Tree
 
@@ -66,12 +66,12 @@ def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any], like: P) -> P:
 
 
 def detached(params: P, where: str = "step") -> P:
-    """Detaches params that are leaves, so that a step does not extend their graph; see `levels` for the rule."""
+    """Detaches params that are leaves, so that a step does not extend their graph; see `frames` for the rule."""
     leaves, spec = flatten(params)
     # The compiler does not compile again for a leaf, but for an `nn.Parameter` it does.
     compiling = torch.compiler.is_compiling()
     found = [x.requires_grad and (isinstance(x, Parameter) if compiling else x.is_leaf) for x in leaves]
-    if not any(found) or levels.differentiating():
+    if not any(found) or frames.differentiating():
         return params
     if not compiling:
         levels.refuse_functional(where)
