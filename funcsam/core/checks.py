@@ -7,13 +7,14 @@ a schedule is only known once it is called.
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
 from funcsam.core.types import Tree
+
+_NUMBER = "a number, a tensor of shape () or a schedule"
 
 
 def _at(path: str) -> str:
@@ -25,15 +26,15 @@ def paths(tree: Tree) -> list[str]:
     return [accessor.codify("") for accessor in optree.tree_accessors(tree)]
 
 
-def _number(where: str, name: str, value: Any, path: str, condition: str, holds: Callable[[Any], bool]) -> None:
+def _number(where: str, name: str, value: object, path: str, condition: str, holds: Callable[[float], bool]) -> None:
     if isinstance(value, Tensor):
         if value.ndim or value.is_complex() or value.dtype is torch.bool:
             got = f"{value.dtype} of shape {tuple(value.shape)}"
             raise ValueError(f"{where}: `{name}` must be a real tensor of shape (), got {got}{_at(path)}.")
     elif isinstance(value, bool) or not (isinstance(value, Real) or callable(value)):
         kind = f"{type(value).__name__}{_at(path)}"
-        raise TypeError(f"{where}: `{name}` must be a number, a tensor of shape () or a schedule, got {kind}.")
-    elif isinstance(value, Real) and not (_finite(value) and holds(value)):
+        raise TypeError(f"{where}: `{name}` must be {_NUMBER}, got {kind}.")
+    elif isinstance(value, Real) and not (_finite(value) and holds(float(value))):
         raise ValueError(f"{where}: `{name}` must be {condition}, got {value}{_at(path)}.")
 
 
@@ -44,10 +45,10 @@ def _finite(value: Real) -> bool:
         return False
 
 
-def _numbers(where: str, condition: str, holds: Callable[[Any], bool], named: dict[str, Tree]) -> None:
+def _numbers(where: str, condition: str, holds: Callable[[float], bool], named: dict[str, Tree]) -> None:
     for name, tree in named.items():
         if tree is None:
-            raise TypeError(f"{where}: `{name}` must be a number, a tensor of shape () or a schedule, got None.")
+            raise TypeError(f"{where}: `{name}` must be {_NUMBER}, got None.")
         for path, value in zip(paths(tree), optree.tree_leaves(tree), strict=True):
             _number(where, name, value, path, condition, holds)
 
@@ -100,7 +101,7 @@ def choice(where: str, options: Sequence[str], **named: object) -> None:
             raise ValueError(f"{where}: `{name}` must be {', '.join(others)} or {last}, got {value!r}.")
 
 
-def function(where: str, **named: Any) -> None:
+def function(where: str, **named: object) -> None:
     """Raises unless every value can be called."""
     for name, value in named.items():
         if not callable(value):

@@ -4,14 +4,13 @@ The fused kernels have no `vmap` rule, and the compiler fuses by itself: they ar
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcsam.core import levels, shards
+from funcsam.core.types import Number
 
-Scalar = float | Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -20,21 +19,23 @@ def fusable(leaves: Sequence[Tensor]) -> bool:
     return bool(leaves) and levels.eager()
 
 
-def uniform(factor: Scalar, leaves: Sequence[Tensor]) -> bool:
+def uniform(factor: Number, leaves: Sequence[Tensor]) -> bool:
     """Tells whether one foreach kernel may multiply the leaves by the factor."""
     dtype, device = leaves[0].dtype, leaves[0].device
     fits = not isinstance(factor, Tensor) or (
         factor.dtype is dtype
         and factor.device == device
-        and not factor.requires_grad  # by which there is no derivative
+        and not factor.requires_grad  # the kernel has no derivative by a factor
     )
     return fits and all(x.dtype is dtype and x.device == device for x in leaves) and dtype not in HALF
 
 
-def each(fused: Callable[..., Any] | None, single: Callable[..., Tensor], *lists: Sequence[Tensor]) -> list[Tensor]:
-    """Applies a fused kernel to lists of leaves, or where it may not, an operation to one leaf of each at a time.
+def each(
+    fused: Callable[..., Sequence[Tensor]] | None, single: Callable[..., Tensor], *lists: Sequence[Tensor]
+) -> list[Tensor]:
+    """Applies a fused kernel to lists of leaves, or, where it must not be used, an operation to one leaf of each.
 
-    What comes out has the dtypes of the first list.
+    The results have the dtypes of the first list.
     """
     if fused is not None and fusable(lists[0]):
         out = shards.fused(fused, *lists)
@@ -48,6 +49,6 @@ def cast(leaves: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     return [x if x.dtype is y.dtype else x.to(y.dtype) for x, y in zip(leaves, like, strict=True)]
 
 
-def on(factor: Scalar, x: Tensor) -> Scalar:
+def on(factor: Number, x: Tensor) -> Number:
     """Brings a factor to the device of a leaf."""
     return factor.to(x.device) if isinstance(factor, Tensor) and factor.device != x.device else factor

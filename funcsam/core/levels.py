@@ -102,9 +102,7 @@ def _with_hint() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        error.add_note(
-            "If torch cannot batch an operation of the loss, `chunk_size=1` takes a plain loop instead."
-        )
+        error.add_note("If torch cannot batch an operation of the loss, `chunk_size=1` takes a plain loop instead.")
         raise
 
 

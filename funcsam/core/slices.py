@@ -1,7 +1,7 @@
-"""Batches taken apart along an axis: slices of examples, or the members of an ensemble."""
+"""Batches flattened to be sliced along an axis: into slices of examples, or the members of an ensemble."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optree
 from torch import Tensor
@@ -11,26 +11,33 @@ from funcsam.core.types import InDims, Tree
 
 
 class Batch(NamedTuple):
-    """A batch taken apart: its leaves, where each is sliced (`None`: not at all), and how many examples there are."""
+    """A flattened batch.
 
-    leaves: list[Any]
+    Attributes:
+        leaves: The leaves.
+        axes: The axis of the examples in each leaf; `None` where the leaf is not sliced.
+        spec: The structure.
+        size: Number of examples.
+    """
+
+    leaves: list[Tree]
     axes: list[int | None]
     spec: optree.PyTreeSpec
     size: int
 
-    def put(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
-        """Returns a batch of other leaves."""
-        whole: Any = optree.tree_unflatten(self.spec, leaves)
+    def put(self, leaves: Sequence[Tree]) -> tuple[object, ...]:
+        """Returns the arguments of a batch with other leaves."""
+        whole: Tree = optree.tree_unflatten(self.spec, leaves)
         return tuple(whole)
 
-    def part(self, start: int, size: int) -> list[Any]:
+    def part(self, start: int, size: int) -> list[Tree]:
         """Returns the leaves of some consecutive examples."""
         pairs = zip(self.leaves, self.axes, strict=True)
         return [leaf if axis is None else leaf.narrow(axis, start, size) for leaf, axis in pairs]
 
 
 def taken_apart(where: str, batch: tuple[object, ...], in_dims: InDims) -> Batch:
-    """Takes a batch apart.
+    """Flattens a batch, and checks that it can be sliced.
 
     Raises:
         TypeError: If what is to be sliced is not a tensor.
@@ -40,12 +47,12 @@ def taken_apart(where: str, batch: tuple[object, ...], in_dims: InDims) -> Batch
         raise ValueError(
             f"{where}: `in_dims` must have one entry per argument of the batch, got {len(in_dims)} for {len(batch)}."
         )
-    given: Tree = batch
+    arguments: Tree = batch
     dims: Tree = in_dims
-    leaves: list[Any]
-    leaves, spec = optree.tree_flatten(given, is_leaf=tree.empty, none_is_leaf=True)
+    leaves: list[Tree]
+    leaves, spec = optree.tree_flatten(arguments, is_leaf=tree.empty, none_is_leaf=True)
     try:
-        axes = optree.broadcast_prefix(dims, given, is_leaf=tree.empty, none_is_leaf=True)
+        axes = optree.broadcast_prefix(dims, arguments, is_leaf=tree.empty, none_is_leaf=True)
     except ValueError as error:
         raise ValueError(f"{where}: `in_dims` must fit the batch, got {in_dims}: {error}") from None
     sizes: dict[int, str] = {}
@@ -53,7 +60,7 @@ def taken_apart(where: str, batch: tuple[object, ...], in_dims: InDims) -> Batch
     for position, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)):
         if axis is None:
             continue
-        path = optree.tree_paths(given, is_leaf=tree.empty, none_is_leaf=True)[position]
+        path = optree.tree_paths(arguments, is_leaf=tree.empty, none_is_leaf=True)[position]
         place = f"argument {path[0]}" + "".join(f"[{key!r}]" for key in path[1:])
         if not isinstance(leaf, Tensor):
             hint = "Give it None in `in_dims`."

@@ -6,7 +6,6 @@ and `torch.compile`. A factor is a number or a tensor of shape (). Leaves may be
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import optree
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from funcsam.core import checks, frames, kernels, levels, masks, shards
-from funcsam.core.kernels import Scalar
-from funcsam.core.types import Mask, P, Tree
+from funcsam.core.types import Mask, Number, P, Tree
 
 __all__ = [
     "add",
@@ -39,18 +37,18 @@ __all__ = [
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 
 
-def flatten(x: Any) -> tuple[list[Tensor], optree.PyTreeSpec]:
+def flatten(x: Tree) -> tuple[list[Tensor], optree.PyTreeSpec]:
     """Returns the leaves and the structure."""
     leaves, spec = optree.tree_flatten(x)
     return leaves, spec
 
 
-def empty(x: Any) -> bool:
+def empty(x: object) -> bool:
     """Tells whether a node is a dict without entries, as the buffers of many modules are."""
     return isinstance(x, dict) and not x
 
 
-def flatten_any(x: Any) -> tuple[list[Any], optree.PyTreeSpec]:
+def flatten_any(x: Tree) -> tuple[list[Tree], optree.PyTreeSpec]:
     """Flattens what may hold empty dicts, such as `aux` and batches; these count as leaves.
 
     The compiler cannot take an empty dict apart (torch 2.13 with optree 0.20).
@@ -59,7 +57,7 @@ def flatten_any(x: Any) -> tuple[list[Any], optree.PyTreeSpec]:
     return leaves, spec
 
 
-def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any], like: P) -> P:
+def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[object], like: P) -> P:
     """Puts leaves into a structure, which is that of `like`; type checkers learn its type from there."""
     tree: P = optree.tree_unflatten(spec, leaves)  # type: ignore[assignment]
     return tree
@@ -91,7 +89,7 @@ def _alike(
     return leaves
 
 
-def _each(fused: Callable[..., Any] | None, single: Callable[..., Tensor], x: P, *rest: Tree) -> P:
+def _each(fused: Callable[..., Sequence[Tensor]] | None, single: Callable[..., Tensor], x: P, *rest: Tree) -> P:
     """Applies one fused kernel, or the operation on each leaf, and casts back to the dtypes of `x`."""
     xs, spec = flatten(x)
     return unflatten(spec, kernels.each(fused, single, xs, *(_alike(tree, xs, spec) for tree in rest)), x)
@@ -163,14 +161,14 @@ def _sqrt(x: Tensor) -> Tensor:
     return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, x)))
 
 
-def shift(x: P, number: Scalar) -> P:
+def shift(x: P, number: Number) -> P:
     """Returns `x + number`."""
     if isinstance(number, Tensor):
         return map(lambda a: a + kernels.on(number, a), x)
     return _each(lambda xs: torch._foreach_add(xs, number), lambda a: a + number, x)
 
 
-def lerp(x: P, y: P, weight: Scalar) -> P:
+def lerp(x: P, y: P, weight: Number) -> P:
     """Returns `x + weight (y - x)`."""
     if isinstance(weight, Tensor):
         return map(lambda a, b: a + kernels.on(weight, a) * (b - a), x, y)
@@ -192,7 +190,7 @@ def like_views(x: P, like: Tree) -> P:
     )
 
 
-def _scaled(x: Tensor, factor: Scalar) -> Tensor:
+def _scaled(x: Tensor, factor: Number) -> Tensor:
     if x.dtype in kernels.HALF:  # a float32 factor such as 1/||g|| may lie outside the range of float16
         return (x.float() * kernels.on(factor, x)).to(x.dtype)
     return (x * kernels.on(factor, x)).to(x.dtype)
@@ -210,7 +208,7 @@ def scale(factor: Tree, x: P) -> P:
     return unflatten(spec, [_scaled(a, s) for a, s in zip(xs, factors, strict=True)], x)
 
 
-def add_scaled(x: P, factor: Scalar, y: P, mask: Mask = None) -> P:
+def add_scaled(x: P, factor: Number, y: P, mask: Mask = None) -> P:
     """Returns `x + factor * y`, and `x` itself where the mask is False."""
     xs, spec = flatten(x)
     ys = _alike(y, xs, spec)
@@ -221,7 +219,7 @@ def add_scaled(x: P, factor: Scalar, y: P, mask: Mask = None) -> P:
     return unflatten(spec, kernels.cast(out, xs), x)
 
 
-def _add_scaled(x: Tensor, factor: Scalar, y: Tensor) -> Tensor:
+def _add_scaled(x: Tensor, factor: Number, y: Tensor) -> Tensor:
     if isinstance(factor, Tensor):
         return x + _scaled(y, factor)
     return x + factor * y  # not `torch.add(x, y, alpha=factor)`: compiled, it loses `alpha` where `x` is a product
@@ -247,7 +245,7 @@ def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:
 def all_finite(x: Tree) -> Tensor:
     """Tells whether no entry is NaN or infinite, as a boolean of shape ()."""
     leaves = optree.tree_leaves(x)
-    if shards.among(leaves):
+    if shards.any_sharded(leaves):
         return shards.total(leaves, _count_not_finite) == 0
     finite = [leaf.isfinite().all().to(device(leaves)) for leaf in leaves]
     return torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool, device="cpu")
@@ -270,7 +268,7 @@ def norm(x: Tree) -> Tensor:
     leaves = [leaf for leaf in optree.tree_leaves(x) if leaf.numel()]
     if not leaves:
         return torch.zeros((), dtype=torch.float32, device=device(x))
-    if shards.among(leaves):
+    if shards.any_sharded(leaves):
         return shards.total(leaves, _square).sqrt()
     if levels.eager() and not any(leaf.dtype in kernels.HALF for leaf in leaves):
         norms = list(torch._foreach_norm(leaves))
