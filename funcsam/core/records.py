@@ -1,4 +1,4 @@
-"""Objects that know how they were made, and are shown, copied and pickled by their factory and its arguments."""
+"""Objects that record the call that made them: it is their `repr`, and they are copied and pickled by it."""
 
 import copy
 import functools
@@ -6,18 +6,22 @@ import inspect
 import pickle
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import ParamSpec, Self, TypeAlias, TypeVar
 
 import optree
 import torch
 from torch import Tensor
 
+from funcsam.core.types import Tree
+
 Q = ParamSpec("Q")
 M = TypeVar("M")
+Record: TypeAlias = tuple[Callable[..., object], tuple[object, ...], dict[str, object]]
+"""A factory, and the positional and keyword arguments that it was given."""
 
 
-def home(module: str) -> str:
-    """Returns the public module that a private one belongs to: where files that hold its objects look for them."""
+def public_module(module: str) -> str:
+    """Returns the public module of what a private module defines; files name it, so private modules may move."""
     package, inside, *_ = *module.split("."), ""
     if package != "funcsam":
         return module
@@ -25,61 +29,64 @@ def home(module: str) -> str:
 
 
 class Recorded:
-    """An object that remembers its factory and what that was given. Without a factory, it is its class."""
+    """An object that records the factory that made it, and its arguments. Without a factory, its class is recorded."""
 
-    _record: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+    _record: Record
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Records the call of the class."""
-        made = super().__new__(cls)
-        made._record = (cls, args, kwargs)
-        return made
+        instance = super().__new__(cls)
+        instance._record = (cls, args, kwargs)
+        return instance
 
     @property
     def _name(self) -> str:
         return self._record[0].__name__
 
     def __repr__(self) -> str:
-        return _call(self._name, list(named(*self._record)))
+        return _format_call(self._name, list(named_arguments(*self._record)))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        for name, value in named(*self._record):
-            for leaf in leaves(value):
+    def __reduce__(self) -> tuple[object, ...]:
+        for name, value in named_arguments(*self._record):
+            for leaf in entries(value):
                 _check_pickles(self._name, name, leaf)
-        return _made, self._record
+        return _call, self._record
 
     def __copy__(self) -> Self:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        def copied(leaf: Any) -> Any:  # a process group cannot be copied, and numbers need not be
-            own = isinstance(leaf, Tensor | Recorded) or callable(leaf)
-            return copy.deepcopy(leaf, memo) if own else leaf
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        def copied(leaf: object) -> object:  # a process group cannot be copied, and a number need not be
+            deep = isinstance(leaf, Tensor | Recorded) or callable(leaf)
+            return copy.deepcopy(leaf, memo) if deep else leaf
 
-        factory, *given = self._record
-        arguments: Any = tuple(given)
-        args, kwargs = optree.tree_map(copied, arguments)
-        return factory(*args, **kwargs)
+        factory, *arguments = self._record
+        record: Tree = tuple(arguments)
+        instance: Self = _call(factory, *optree.tree_map(copied, record))
+        return instance
 
 
 def factory(make: Callable[Q, M]) -> Callable[Q, M]:
-    """Records on what a function returns, a new `Recorded` object, the function and its arguments."""
+    """Records on the new object that a function returns the function and its arguments."""
 
     @functools.wraps(make)
     def recorded(*args: Q.args, **kwargs: Q.kwargs) -> M:
-        made: Any = make(*args, **kwargs)
-        made._record = (recorded, args, kwargs)  # bound to names when they are asked for: the compiler cannot do that
-        return made  # type: ignore[no-any-return]
+        instance = make(*args, **kwargs)
+        record: Tree = instance  # a `Recorded`; a schedule is typed as the function that it is
+        record._record = (recorded, args, kwargs)  # not bound to names yet: the compiler cannot do that
+        return instance
 
-    recorded.__module__ = home(make.__module__)
+    recorded.__module__ = public_module(make.__module__)
     return recorded
 
 
-def _made(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(factory: Callable[..., Tree], args: tuple[object, ...], kwargs: dict[str, object]) -> Tree:
     return factory(*args, **kwargs)
 
 
-def named(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def named_arguments(
+    factory: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+) -> Iterator[tuple[str, object]]:
     """Yields arguments with their names; those of `*rest` with the name `*rest`."""
     signature = inspect.signature(factory)
     for name, value in signature.bind(*args, **kwargs).arguments.items():
@@ -92,29 +99,29 @@ def named(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             yield name, value
 
 
-def leaves(x: Any) -> list[Any]:
-    """Lists what dicts, lists and tuples hold."""
+def entries(x: object) -> list[object]:
+    """Lists the entries of nested dicts, lists and tuples; of anything else, the object itself."""
     if isinstance(x, Mapping):
         x = list(x.values())
     elif not isinstance(x, list | tuple):
         return [x]
-    return [leaf for part in x for leaf in leaves(part)]
+    return [entry for part in x for entry in entries(part)]
 
 
 def equal(one: Recorded, other: Recorded) -> bool:
-    """Tells whether two objects were made by the same factory of equal arguments."""
-    (factory, *_), (theirs, *_) = one._record, other._record
-    return factory is theirs and _equal(_bound(one), _bound(other))
+    """Tells whether two objects were made by the same factory from equal arguments."""
+    return one._record[0] is other._record[0] and _equal(_all_arguments(one), _all_arguments(other))
 
 
-def _bound(made: Recorded) -> list[Any]:
-    factory, args, kwargs = made._record
+def _all_arguments(instance: Recorded) -> list[object]:
+    """Returns the arguments in the order of the signature, defaults included."""
+    factory, args, kwargs = instance._record
     bound = inspect.signature(factory).bind(*args, **kwargs)
     bound.apply_defaults()
     return list(bound.arguments.values())
 
 
-def _equal(x: Any, y: Any) -> bool:
+def _equal(x: object, y: object) -> bool:
     if isinstance(x, list | tuple) and isinstance(y, list | tuple):
         return len(x) == len(y) and all(map(_equal, x, y))
     if isinstance(x, Tensor) or isinstance(y, Tensor):
@@ -122,47 +129,47 @@ def _equal(x: Any, y: Any) -> bool:
     return bool(x == y)
 
 
-def _check_pickles(where: str, name: str, leaf: Any) -> None:
-    if isinstance(leaf, Tensor | Recorded):  # which say themselves what is wrong with them
+def _check_pickles(where: str, name: str, leaf: object) -> None:
+    if isinstance(leaf, Tensor | Recorded):  # their own errors say what is wrong
         return
     try:
         pickle.dumps(leaf)
     except Exception as error:
-        if _by_value():
+        if _cloudpickle_runs():
             return
         raise pickle.PicklingError(
-            f"{where}: `{name}` must be something that pickle can save, got {_shown(leaf)}. "
+            f"{where}: `{name}` must be something that pickle can save, got {_format(leaf)}. "
             "Define functions with `def` at the top level of a module."
         ) from error
 
 
-def _by_value() -> bool:
-    """Tells whether cloudpickle is at work, which saves functions that pickle cannot."""
+def _cloudpickle_runs() -> bool:
+    """Tells whether cloudpickle is running, which saves functions that pickle cannot save."""
     return any(frame.f_globals.get("__name__", "").endswith("cloudpickle") for frame, _ in traceback.walk_stack(None))
 
 
-def _call(name: str, given: list[tuple[str, Any]]) -> str:
-    shown = (_shown(value) if key.startswith("*") else f"{key}={_shown(value)}" for key, value in given)
-    return f"{name}({', '.join(shown)})"
+def _format_call(name: str, arguments: list[tuple[str, object]]) -> str:
+    formatted = (_format(value) if key.startswith("*") else f"{key}={_format(value)}" for key, value in arguments)
+    return f"{name}({', '.join(formatted)})"
 
 
-def _shown(x: Any) -> str:
+def _format(x: object) -> str:
     if isinstance(x, Tensor):
-        return _shown_tensor(x)
+        return _format_tensor(x)
     if isinstance(x, functools.partial):
-        return _call("partial", [*(("*", each) for each in (x.func, *x.args)), *x.keywords.items()])
+        return _format_call("partial", [*(("*", each) for each in (x.func, *x.args)), *x.keywords.items()])
     if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return _call(type(x).__name__, list(zip(x._fields, x, strict=True)))
+        return _format_call(type(x).__name__, list(zip(x._fields, x, strict=True)))
     if isinstance(x, dict):
-        return "{" + ", ".join(f"{key!r}: {_shown(value)}" for key, value in x.items()) + "}"
+        return "{" + ", ".join(f"{key!r}: {_format(value)}" for key, value in x.items()) + "}"
     if isinstance(x, list):
-        return f"[{', '.join(map(_shown, x))}]"
+        return f"[{', '.join(map(_format, x))}]"
     if isinstance(x, tuple):
-        return f"({', '.join(map(_shown, x))}{',' if len(x) == 1 else ''})"
+        return f"({', '.join(map(_format, x))}{',' if len(x) == 1 else ''})"
     return getattr(x, "__name__", None) or repr(x)
 
 
-def _shown_tensor(x: Tensor) -> str:
+def _format_tensor(x: Tensor) -> str:
     try:
         return f"tensor({x.item():.6g})"
     except (RuntimeError, ValueError):  # of several entries, on `meta`, or a batch inside `vmap`

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcsam.core import checks, frames, graphs, tree
-from funcsam.core.records import Recorded, factory, home, leaves
+from funcsam.core.records import Recorded, entries, factory, public_module
 from funcsam.core.types import (
     Aux,
     CheckedGradsFn,
@@ -41,7 +41,7 @@ _scalars: dict[type, tuple[str, ...]] = {}
 
 def saveable(cls: C) -> C:
     """Lets `torch.load(weights_only=True)` read states that hold this NamedTuple, whose tensors have shape ()."""
-    cls.__module__ = home(cls.__module__)
+    cls.__module__ = public_module(cls.__module__)
     torch.serialization.add_safe_globals([cls])
     _scalars[cls] = tuple(name for name, hint in cls.__annotations__.items() if hint is Tensor)
     return cls
@@ -182,7 +182,7 @@ class Transform(Recorded):
         """Returns what asks for gradients of its own, of this transform and those inside, as far as that is known."""
         if self._probes:
             return self
-        inside = [leaf for leaf in leaves(self._record[1:]) if isinstance(leaf, Transform)]
+        inside = [leaf for leaf in entries(self._record[1:]) if isinstance(leaf, Transform)]
         return next((found for found in (each._prober() for each in inside) if found is not None), None)
 
     def step(self, params: P, grads_fn: GradsFn[P], state: State, *batch: object) -> tuple[P, State, Aux]:
