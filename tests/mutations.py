@@ -329,7 +329,7 @@ MUTATIONS = [
         "value * _real(step + 1) / warmup_steps",
         SCHEDULES,
     ),
-    Mutation("aux keeps its graph", "core/gradients.py", "optree.tree_map(_value, aux)", "aux", GRADIENTS),
+    Mutation("aux keeps its graph", "core/gradients.py", "optree.tree_map(_detached, aux)", "aux", GRADIENTS),
     Mutation(
         "unused leaves have no gradient",
         "core/gradients.py",
@@ -502,13 +502,13 @@ MUTATIONS += [
         GROUPS,
     ),
     Mutation(
-        "groups ask again at the params", "transforms/groups.py", "if _same(here", "if False and _same(here", GROUPS
+        "groups ask again at the params", "transforms/groups.py", "if _identical(known", "if False and _identical(known", GROUPS
     ),
     Mutation(
         "groups that have a batch ask again",
         "transforms/groups.py",
-        "tree.flatten_any((group.of(params), batch))",
-        "tree.flatten_any((group.of(params), ()))",
+        "tree.flatten_any((group.take(params), batch))",
+        "tree.flatten_any((group.take(params), ()))",
         GROUPS,
     ),
     Mutation(
@@ -1828,7 +1828,7 @@ MUTATIONS += [
     Mutation(
         "objects: a chain hides what probes",
         "core/transform.py",
-        "in leaves(self._record[1:])",
+        "in entries(self._record[1:])",
         "in self._record[1]",
         OBJECTS,
     ),
@@ -1882,7 +1882,7 @@ MUTATIONS += [
     Mutation(
         "objects: a deepcopy shares its tensors",
         "core/records.py",
-        "return copy.deepcopy(leaf, memo) if own else leaf",
+        "return copy.deepcopy(leaf, memo) if deep else leaf",
         "return leaf",
         OBJECTS,
     ),
@@ -1896,8 +1896,8 @@ MUTATIONS += [
     Mutation(
         "objects: schedules of one kind are equal",
         "core/records.py",
-        "factory is theirs and _equal(_bound(one), _bound(other))",
-        "factory is theirs",
+        " and _equal(_all_arguments(one), _all_arguments(other))",
+        "",
         OBJECTS,
     ),
     Mutation(
@@ -1919,7 +1919,7 @@ MUTATIONS += [
     Mutation(
         "params that require grad grow a graph",
         "core/tree.py",
-        "if not any(found) or levels.differentiating():",
+        "if not any(found) or frames.differentiating():",
         "if True:",
         (*laws("contract", "no_graph_from_nothing"), "tests/test_gradients.py"),
     ),
@@ -1928,9 +1928,9 @@ MUTATIONS += [
     ),
     Mutation(
         "a step in a loss takes leaves as values",
-        "core/levels.py",
-        'if _frame.get() == "loss" or forward_ad',
-        "if forward_ad",
+        "core/frames.py",
+        'return _frame.get() == "loss" or ',
+        "return ",
         DERIVATIVES,
     ),
     Mutation(
@@ -1950,7 +1950,7 @@ MUTATIONS += [
     Mutation(
         "what a loss captures is not looked for",
         "core/gradients.py",
-        "more = looking and",
+        "more = searches and",
         "more = False and",
         cells("a number in the loss"),
     ),
@@ -1964,42 +1964,42 @@ MUTATIONS += [
     Mutation(
         "captured parameters are differentiated in a step",
         "core/graphs.py",
-        "return found or not stepping",
+        "return found or not captures_are_values",
         "return True",
         node("derivatives", "parameters_that_the_loss_captures_are_values"),
     ),
     Mutation(
         "captured parameters are values everywhere",
         "core/graphs.py",
-        "return found or not stepping",
+        "return found or not captures_are_values",
         "return found",
         node("derivatives", "a_tensor_that_starts_to_require_grad"),
     ),
     Mutation(
         "some evaluations differentiate a captured parameter",
         "core/graphs.py",
-        "if stepping and found:",
+        "if captures_are_values and found:",
         "if False:",
         node("derivatives", "a_differentiated_step_with_such_values_is_refused"),
     ),
     Mutation(
         "func keeps the graph of captured parameters",
         "core/gradients.py",
-        "answer: tuple[P, Tensor, Any] = graphs.settled((grads, loss, aux), params, since)",
-        "answer = grads, loss, aux",
+        "return graphs.detach_values((grads, loss, aux), params, since)",
+        "return grads, loss, aux",
         node("derivatives", "parameters_that_the_loss_captures_are_values"),
     ),
     Mutation(
         "bare gradients keep the graph of captured parameters",
         "core/transform.py",
-        "graphs.settled(self.grads_fn(params, *batch), params, since)",
+        "graphs.detach_values(self.grads_fn(params, *batch), params, since)",
         "self.grads_fn(params, *batch)",
         node("derivatives", "parameters_that_a_bare_gradient_captures_are_values"),
     ),
     Mutation(
         "inner values are captured",
         "core/graphs.py",
-        'if hasattr(variable, "_funcsam_value"):',
+        'if hasattr(variable, "_funcsam_inner"):',
         "if False:",
         node("derivatives", "derivatives_of_derivatives_keep_no_graph"),
     ),
@@ -2055,7 +2055,7 @@ MUTATIONS += [
     Mutation(
         "a landscape is a graph of captured parameters",
         "landscape.py",
-        "found.append(graphs.settled(losses, (), since))",
+        "found.append(graphs.detach_values(losses, (), since))",
         "found.append(losses)",
         node("derivatives", "a_landscape_takes_leaves_as_values"),
     ),
@@ -2069,7 +2069,7 @@ MUTATIONS += [
     Mutation(
         "inference mode is plain",
         "core/gradients.py",
-        "levels.eager() and not _inference(leaves)",
+        "levels.eager() and not _in_inference_mode(leaves)",
         "levels.eager()",
         MODES,
     ),

@@ -1,12 +1,11 @@
 """Schedules: pure functions from the step, int64 of shape (), to a hyperparameter, a tensor of shape ().
 
 Wherever a hyperparameter is taken, a schedule is taken too. The step counts the updates made so far: the first update
-reads a schedule at 0. Values are float64 on the CPU and on CUDA, where 0.1 is 0.1, and float32 on other devices.
-Two schedules are equal if they were made by the same function of equal arguments.
+reads a schedule at 0. Values are float64 on the CPU and on CUDA, and float32 on other devices. Two schedules are equal
+if they were made by the same function from equal arguments.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import optree
 import torch
@@ -14,28 +13,29 @@ from torch import Tensor
 
 from funcsam.core import checks, levels
 from funcsam.core.records import Recorded, equal, factory
-from funcsam.core.types import Number, Schedule
+from funcsam.core.types import Hyper, Number, Schedule, Tree
 
 
-def at(value: Any, step: Tensor) -> Any:
-    """Reads a hyperparameter, or each leaf of a prefix tree of them, at a step."""
+def at(value: Hyper, step: Tensor) -> Tree:
+    """Returns the value of a hyperparameter at a step: a number, a tensor of shape (), or a prefix tree of these."""
     if isinstance(value, float | int | Tensor):
         return value
-    return optree.tree_map(lambda leaf: leaf(step) if callable(leaf) else leaf, value)
+    prefix: Tree = value
+    return optree.tree_map(lambda leaf: leaf(step) if callable(leaf) else leaf, prefix)
 
 
-def nonzero(value: Any) -> bool:
-    """Tells whether a hyperparameter may be other than zero: anything but the number 0."""
+def nonzero(value: Hyper) -> bool:
+    """Tells whether a hyperparameter can differ from zero: whether it is anything but the number 0."""
     return not isinstance(value, float | int) or value != 0
 
 
 class _Schedule(Recorded):
-    """A schedule that knows how it was made."""
+    """A schedule that records the call that made it."""
 
     def __init__(self, rule: Schedule) -> None:
         self._rule = rule
 
-    def __call__(self, step: Tensor) -> Any:
+    def __call__(self, step: Tensor) -> Number:
         return self._rule(step)
 
     def __eq__(self, other: object) -> bool:
@@ -68,9 +68,9 @@ def step_decay(
     """Multiplies `value` by `factor` at each milestone.
 
     Args:
-        value: Where the schedule starts: a non-negative number, or a tensor of shape ().
-        total_steps: Number of steps in the whole run.
-        factor: What each milestone multiplies by, non-negative. 0.2 in the Wide ResNet recipe.
+        value: The value at step 0: a non-negative number, or a tensor of shape ().
+        total_steps: Number of steps of the whole run, at least 1.
+        factor: Factor of each milestone, non-negative. 0.2 in the Wide ResNet recipe.
         milestones: Fractions of the run, in [0, 1]. The step `ceil(fraction * total_steps)` is the first decayed one.
 
     >>> import torch
@@ -85,7 +85,7 @@ def step_decay(
     for fraction in milestones:
         if not 0 <= fraction <= 1:
             raise ValueError(f"step_decay: `milestones` must be in [0, 1], got {fraction}.")
-    # 0.3 * 10 is 3 in the mind of who writes it, and 3.0000000000000004 elsewhere
+    # Products of floats are not exact: 0.28 * 100 is 28.000000000000004, which would be one step late.
     starts = [round(fraction * total_steps, 9) for fraction in milestones]
 
     def schedule(step: Tensor) -> Tensor:
@@ -99,12 +99,12 @@ def step_decay(
 
 @factory
 def cosine(value: Number, total_steps: int, end: float = 0.0) -> Schedule:
-    """Goes from `value` to `end` along half a cosine, and stays there: `end + (value - end) (1 + cos(pi t / T)) / 2`.
+    """Moves from `value` to `end` along half a cosine and stays there: `end + (value - end) (1 + cos(pi t / T)) / 2`.
 
     Args:
-        value: Where the schedule starts: a non-negative number, or a tensor of shape ().
-        total_steps: The step `T` at which it reaches `end`.
-        end: Where it ends, non-negative.
+        value: The value at step 0: a non-negative number, or a tensor of shape ().
+        total_steps: The step `T` from which on the value is `end`, at least 1.
+        end: The last value, non-negative.
 
     >>> import torch
     >>> [round(cosine(1.0, 4)(torch.tensor(k)).item(), 3) for k in (0, 2, 4, 9)]
@@ -129,9 +129,9 @@ def warmup_cosine(value: Number, warmup_steps: int, total_steps: int, end: float
 
     Args:
         value: The peak, reached at step `warmup_steps`. Non-negative.
-        warmup_steps: Length of the rise, at least 1 and less than `total_steps`.
-        total_steps: Length of the whole run, the rise included.
-        end: Where it ends, non-negative.
+        warmup_steps: Number of steps of the rise, at least 1 and less than `total_steps`.
+        total_steps: Number of steps of the whole run, the rise included.
+        end: The last value, non-negative.
 
     >>> import torch
     >>> [round(warmup_cosine(1.0, 2, 6)(torch.tensor(k)).item(), 3) for k in (0, 1, 2, 4, 6)]

@@ -8,7 +8,7 @@ of a tree says so by `P`.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Concatenate, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Concatenate, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -80,7 +80,6 @@ class CheckedGradsFn(ABC):
         """
 
 
-@runtime_checkable
 class ScalableGradsFn(Protocol):
     """A gradient function whose loss can be multiplied before its backward pass, as `dynamic_loss_scale` needs."""
 
@@ -88,7 +87,6 @@ class ScalableGradsFn(Protocol):
         """Returns the function whose gradients are those of `factor` times the loss, and whose `aux` is unchanged."""
 
 
-@runtime_checkable
 class ScopedLoss(Protocol):
     """A loss that must stay in force until its backward pass is over, as that of a module with checkpointing."""
 

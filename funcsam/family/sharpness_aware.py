@@ -35,7 +35,7 @@ def check_ascent(where: str, ascent: Any) -> None:
     """Raises unless `ascent` is a transform that only maps gradients."""
     if not isinstance(ascent, Transform):
         raise TypeError(f"{where}: `ascent` must be a Transform, got {type(ascent).__name__}.")
-    found = ascent._prober()
+    found = ascent.prober()
     if found is not None:
         raise ValueError(
             f"{where}: `ascent` must map gradients to a perturbation, got {found}, which asks for gradients of its "
@@ -114,6 +114,4 @@ def sharpness_aware(
             updates = tree.where(pick, updates, grads)
         return updates, new_state, aux
 
-    probing = Transform(init, update, SharpnessAwareState, lambda state: [(ascent, state.ascent)])
-    probing._probes = True
-    return probing
+    return Transform(init, update, SharpnessAwareState, lambda state: [(ascent, state.ascent)], probes=True)

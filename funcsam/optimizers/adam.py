@@ -19,14 +19,15 @@ def adam(
 ) -> Transform:
     """Adam, `torch.optim.Adam`: weight decay is L2, part of the gradient.
 
-    `chain(add_decayed_weights(weight_decay), scale_by_adam(...), scale_by_learning_rate(lr))`. A param that the loss
-    does not use decays and keeps moving, unlike in torch.optim; see `sgd`.
+    `chain(add_decayed_weights(weight_decay), scale_by_adam(...), scale_by_learning_rate(lr))`. Unlike in
+    torch.optim, a param that the loss does not use is updated, too; see `sgd`.
 
     Args:
         lr: Learning rate. A non-negative number, a tensor of shape (), a schedule, or a prefix tree of these.
         betas: Decays of the mean and of the mean square, in [0, 1). Numbers, tensors of shape () or schedules.
-        eps: Added to the root of the mean square, non-negative, likewise.
-        weight_decay: Non-negative, likewise.
+        eps: Added to the root of the mean square. A non-negative number, a tensor of shape () or a schedule.
+        weight_decay: Factor of the params that is added to the gradient. A non-negative number, a tensor of
+            shape () or a schedule.
         amsgrad: Whether to divide by the largest mean square so far.
 
     Raises:
@@ -52,14 +53,15 @@ def adamw(
 ) -> Transform:
     """AdamW, `torch.optim.AdamW`: weight decay is decoupled from the moments.
 
-    `chain(scale_by_adam(...), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(lr))`. A param that the
-    loss does not use decays and keeps moving, unlike in torch.optim; see `sgd`.
+    `chain(scale_by_adam(...), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(lr))`. Unlike
+    in torch.optim, a param that the loss does not use is updated, too; see `sgd`.
 
     Args:
         lr: Learning rate. A non-negative number, a tensor of shape (), a schedule, or a prefix tree of these.
         betas: Decays of the mean and of the mean square, in [0, 1). Numbers, tensors of shape () or schedules.
-        eps: Added to the root of the mean square, non-negative, likewise.
-        weight_decay: Non-negative, likewise. 0.01 as in torch.optim.
+        eps: Added to the root of the mean square. A non-negative number, a tensor of shape () or a schedule.
+        weight_decay: Factor of the params that is added after the moments. A non-negative number, a tensor of
+            shape () or a schedule. The default, 0.01, is that of torch.optim.
         amsgrad: Whether to divide by the largest mean square so far.
         mask: Which leaves decay: a prefix tree of booleans, or a function of path and leaf.
 

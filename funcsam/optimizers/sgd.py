@@ -22,15 +22,16 @@ def sgd(
     `chain(add_decayed_weights(weight_decay), trace(momentum, ...), scale_by_learning_rate(lr))`, without the parts
     whose number is zero. To maximise, put `scale(-1)` in front.
 
-    A param that the loss does not use has a gradient of zero here: it decays, and its momentum goes on. torch.optim
-    skips a param whose `grad` is None. `freeze` at the end of the chain keeps such params as they are.
+    A param that the loss does not use has gradient zero here: weight decay and past momentum still update it, while
+    torch.optim skips a param whose `grad` is None. Use `freeze` at the end of the chain to keep such params fixed.
 
     Args:
         lr: Learning rate. A non-negative number, a tensor of shape (), a schedule, or a prefix tree of these.
         momentum: In [0, 1]. A number, a tensor of shape () or a schedule.
-        dampening: In [0, 1], likewise; the first gradient enters undamped.
-        weight_decay: Non-negative, likewise; added to the gradient before the momentum.
-        nesterov: Whether to look ahead. Needs momentum and no dampening.
+        dampening: In [0, 1]; the first gradient is not damped. A number, a tensor of shape () or a schedule.
+        weight_decay: Factor of the params that is added to the gradient before the momentum. A non-negative number, a
+            tensor of shape () or a schedule.
+        nesterov: Whether to use Nesterov's momentum, which needs `momentum` and no `dampening`.
 
     Raises:
         ValueError: If a hyperparameter is out of range.

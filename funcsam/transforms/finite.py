@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcsam.core import tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Transform, saveable
+from funcsam.core.transform import Transform, check_transform, saveable
 from funcsam.core.types import Aux, P, PairedGradsFn, Params, State
 
 
@@ -18,17 +18,17 @@ class ApplyIfFiniteState(NamedTuple):
 
     Attributes:
         skipped: Number of steps that were skipped so far, int64 of shape ().
-        inner: State of the transform inside; it does not move in a step that is skipped.
+        inner: State of the inner transform; a step that is skipped does not change it.
     """
 
     skipped: Tensor
     inner: State
 
 
-def kept(finite: Tensor, updates: P, moved: State, state: State) -> tuple[P, State]:
-    """Returns updates and the moved state where `finite` is True, and zeros and the state as it was where not."""
-    still: State = optree.tree_map(lambda new, old: torch.where(finite, new, old), moved, state)
-    return tree.where(finite, updates, tree.zeros_like(updates)), still
+def skip_unless(finite: Tensor, updates: P, new_state: State, state: State) -> tuple[P, State]:
+    """Returns the updates and the new state where `finite` is True, zeros and the old state where it is False."""
+    chosen: State = optree.tree_map(lambda new, old: torch.where(finite, new, old), new_state, state)
+    return tree.where(finite, updates, tree.zeros_like(updates)), chosen
 
 
 @factory
@@ -36,8 +36,9 @@ def apply_if_finite(inner: Transform) -> Transform:
     """Skips every step whose updates are not finite: params and the state of `inner` stay as they are.
 
     It wraps the whole chain, `apply_if_finite(chain(sam(rho), sgd(lr)))`: a NaN anywhere in the gradients of either
-    evaluation reaches the updates. Behind `distributed.all_reduce_mean` it reaches those of every rank, so that all
-    skip. Nothing waits for the device. `aux` is what the loss returned, also of a step that is skipped.
+    evaluation reaches the updates. With `distributed.all_reduce_mean` in the chain it reaches those of every rank, so
+    that all ranks skip. The host does not wait for the device. `aux` is what the loss returned, also in a step that is
+    skipped.
 
     Args:
         inner: The whole chain.
@@ -51,16 +52,15 @@ def apply_if_finite(inner: Transform) -> Transform:
     >>> tx.update(torch.tensor(0.0), lambda w: 1 / w, tx.init(torch.tensor(0.0)))[:2]
     (tensor(0.), ApplyIfFiniteState(skipped=tensor(1), inner=()))
     """
-    if not isinstance(inner, Transform):
-        raise TypeError(f"apply_if_finite: `inner` must be a Transform, got {type(inner).__name__}.")
+    check_transform("apply_if_finite", inner=inner)
 
     def init(params: Params) -> ApplyIfFiniteState:
         return ApplyIfFiniteState(tree.counter(params), inner.init_unchecked(params))
 
     def update(params: P, grads_fn: PairedGradsFn, state: ApplyIfFiniteState, *batch: object) -> tuple[P, State, Aux]:
-        updates, moved, aux = inner.update_unchecked(params, grads_fn, state.inner, *batch)
+        updates, new_state, aux = inner.update_unchecked(params, grads_fn, state.inner, *batch)
         finite = tree.all_finite(updates)
-        updates, still = kept(finite, updates, moved, state.inner)
-        return updates, ApplyIfFiniteState(state.skipped + ~finite, still), aux
+        updates, new_state = skip_unless(finite, updates, new_state, state.inner)
+        return updates, ApplyIfFiniteState(state.skipped + ~finite, new_state), aux
 
     return Transform(init, update, ApplyIfFiniteState, lambda state: [(inner, state.inner)])

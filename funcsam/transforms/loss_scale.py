@@ -1,4 +1,4 @@
-"""Loss scaling for float16: gradients that neither vanish nor overflow."""
+"""Loss scaling for float16, so that gradients neither underflow nor overflow."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from funcsam.core import checks, tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Carried, Transform, saveable
+from funcsam.core.transform import Carried, Transform, check_transform, saveable
 from funcsam.core.types import Aux, CheckedGradsFn, P, PairedGradsFn, Params, State
-from funcsam.transforms.finite import kept
+from funcsam.transforms.finite import skip_unless
 
 
 @saveable
@@ -19,7 +19,7 @@ class LossScaleState(NamedTuple):
     Attributes:
         scale: What the loss is multiplied by before the backward pass, float32 of shape ().
         growth_tracker: Number of finite steps since the scale last changed, int32 of shape ().
-        inner: State of the transform inside; it does not move in a step that is skipped.
+        inner: State of the inner transform; a step that is skipped does not change it.
     """
 
     scale: Tensor
@@ -37,20 +37,21 @@ def dynamic_loss_scale(
 ) -> Transform:
     """Multiplies the loss before every backward pass and divides the gradients by the same number afterwards.
 
-    It wraps the whole chain, `dynamic_loss_scale(chain(sam(rho), sgd(lr)))`, so that every norm and every clipping sees
-    gradients of the true size. A step in which any evaluation is not finite is skipped as a whole: params and the state
-    of `inner` stay as they are. The scale then backs off, and it grows again after `growth_interval` finite steps: the
-    rules of `torch.amp.GradScaler`. Nothing waits for the device.
+    It wraps the whole chain, `dynamic_loss_scale(chain(sam(rho), sgd(lr)))`, so that every norm and every clipping is
+    computed from unscaled gradients. A step in which any evaluation is not finite is skipped as a whole: params and the
+    state of `inner` stay as they are. The scale is then multiplied by `backoff_factor`; after `growth_interval` finite
+    steps in a row it is multiplied by `growth_factor`. These are the rules of `torch.amp.GradScaler`. The host does not
+    wait for the device.
 
     Args:
         inner: The whole chain.
-        init_scale: Where the scale starts, positive.
-        growth_factor: What it grows by, at least 1.
-        backoff_factor: What it backs off by, in (0, 1).
-        growth_interval: Finite steps in a row before it grows.
+        init_scale: The first scale, positive.
+        growth_factor: Factor of the scale when it grows, at least 1.
+        backoff_factor: Factor of the scale after a skipped step, in (0, 1).
+        growth_interval: Number of finite steps in a row before the scale grows, at least 1.
 
     Returns:
-        A `Transform` for a `grads_fn` that `grad_and_value` made. `aux` holds the loss as it is, not scaled.
+        A `Transform` for a `grads_fn` that `grad_and_value` made. `aux` holds the unscaled loss.
 
     Raises:
         TypeError: If `inner` is not a `Transform`, or on a step, if the loss behind `grads_fn` cannot be scaled.
@@ -59,8 +60,7 @@ def dynamic_loss_scale(
     References:
         Micikevicius et al., 2018, section 3.2.
     """
-    if not isinstance(inner, Transform):
-        raise TypeError(f"dynamic_loss_scale: `inner` must be a Transform, got {type(inner).__name__}.")
+    check_transform("dynamic_loss_scale", inner=inner)
     checks.positive("dynamic_loss_scale", init_scale=init_scale, backoff_factor=backoff_factor)
     checks.count("dynamic_loss_scale", growth_interval=growth_interval)
     if growth_factor < 1:
@@ -76,21 +76,21 @@ def dynamic_loss_scale(
 
     def update(params: P, grads_fn: PairedGradsFn, state: LossScaleState, *batch: object) -> tuple[P, State, Aux]:
         unscaled = _unscaled(grads_fn, state.scale)
-        updates, moved, (finite, aux) = inner.update_unchecked(params, unscaled, state.inner, *batch)
+        updates, new_state, (finite, aux) = inner.update_unchecked(params, unscaled, state.inner, *batch)
         finite = (finite == 1) & tree.all_finite(updates)
-        updates, still = kept(finite, updates, moved, state.inner)
+        updates, new_state = skip_unless(finite, updates, new_state, state.inner)
         tracker = state.growth_tracker + 1
         grown = state.scale * growth_factor
         grows = (tracker >= growth_interval) & grown.isfinite()
         scale = torch.where(finite, torch.where(grows, grown, state.scale), state.scale * backoff_factor)
         tracker = torch.where(finite & (tracker < growth_interval), tracker, torch.zeros_like(tracker))
-        return updates, LossScaleState(scale, tracker, still), aux
+        return updates, LossScaleState(scale, tracker, new_state), aux
 
     return Transform(init, update, LossScaleState, lambda state: [(inner, state.inner)])
 
 
 def _unscaled(grads_fn: PairedGradsFn, scale: Tensor) -> PairedGradsFn:
-    """Gradients of the true size; where one entry is not finite all are NaN, so that none goes unseen downstream."""
+    """Returns the grads_fn of unscaled gradients; if one entry is not finite, all are NaN, also those downstream."""
     scaled = grads_fn.scaled(scale) if isinstance(grads_fn, CheckedGradsFn) else None
     if scaled is None:
         raise TypeError(

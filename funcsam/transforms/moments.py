@@ -1,6 +1,6 @@
-"""Transforms that remember gradients: momentum and Adam's moments."""
+"""Transforms whose state holds past gradients: momentum and the moments of Adam."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class TraceState(NamedTuple):
     """
 
     step: Tensor
-    trace: Any
+    trace: Params
 
 
 @factory
@@ -33,10 +33,10 @@ def trace(decay: ScalarOrSchedule = 0.9, *, dampening: ScalarOrSchedule = 0.0, n
     Args:
         decay: Momentum, in [0, 1]; 1 adds all gradients up. A number, a tensor of shape () or a schedule.
         dampening: In [0, 1]. A number, a tensor of shape () or a schedule.
-        nesterov: Whether to look ahead.
+        nesterov: Whether to use Nesterov's momentum, `u = g + decay m`.
 
     Raises:
-        ValueError: If `decay` or `dampening` is out of range, or dampening is set beside `nesterov`.
+        ValueError: If `decay` or `dampening` is out of range, or `dampening` is not 0 with `nesterov`.
 
     References:
         Sutskever et al., 2013, equations 3 and 4, with the learning rate outside the sum.
@@ -69,14 +69,14 @@ class AdamState(NamedTuple):
     Attributes:
         step: Number of updates so far, int64 of shape ().
         mean: Moving average of the gradients. Structure and shapes of the params.
-        square: Moving average of their squares, likewise.
-        largest: With `amsgrad` the largest `square` so far, likewise; otherwise `()`.
+        square: Moving average of their squares. Structure and shapes of the params.
+        largest: With `amsgrad` the largest `square` so far, in the structure and shapes of the params; otherwise `()`.
     """
 
     step: Tensor
-    mean: Any
-    square: Any
-    largest: Any
+    mean: Params
+    square: Params
+    largest: Params
 
 
 @factory
@@ -90,7 +90,7 @@ def scale_by_adam(
 
     Args:
         b1: Decay of the mean, in [0, 1). A number, a tensor of shape () or a schedule.
-        b2: Decay of the mean square, likewise.
+        b2: Decay of the mean square, in [0, 1). A number, a tensor of shape () or a schedule.
         eps: Added to the root. A non-negative number, a tensor of shape () or a schedule.
         amsgrad: Whether to divide by the largest mean square so far.
 
@@ -121,7 +121,7 @@ def scale_by_adam(
         root = tree.sqrt(tree.scale(1 / (1 - decay_square**count), bound))
         updates = tree.divide(tree.scale(1 / (1 - decay**count), m), tree.shift(root, floor))
         largest = tree.like_views(bound, params) if amsgrad else ()
-        kept = AdamState(state.step + 1, tree.like_views(m, params), tree.like_views(v, params), largest)
-        return tree.like_views(updates, params), kept
+        new_state = AdamState(state.step + 1, tree.like_views(m, params), tree.like_views(v, params), largest)
+        return tree.like_views(updates, params), new_state
 
     return lift(init, update, AdamState)

@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import optree
 import torch
@@ -20,15 +21,15 @@ class RandomnessState(NamedTuple):
 
     Attributes:
         step: Number of updates so far, int64 of shape ().
-        generators: What torch's global generators are set to before an evaluation, by device: uint8 on the CPU.
+        generators: States that torch's global generators are set to before an evaluation, by device: uint8 on the CPU.
     """
 
     step: Tensor
     generators: dict[str, Tensor]
 
 
-def _generator(device: str) -> tuple[Any, tuple[str, ...]]:
-    """Returns the module whose `get_rng_state` and `set_rng_state` are meant, and their last argument."""
+def _generator(device: str) -> tuple[ModuleType, tuple[str, ...]]:
+    """Returns the module with `get_rng_state` and `set_rng_state` for a device, and the last argument of these."""
     kind = torch.device(device).type
     return (torch, ()) if kind == "cpu" else (torch.get_device_module(kind), (device,))
 
@@ -38,12 +39,12 @@ def _devices(params: Params) -> list[str]:
     return [] if "meta" in devices else sorted(devices | {"cpu"})
 
 
-def _check_generators(generators: Any, devices: list[str]) -> None:
-    fits = isinstance(generators, dict) and generators.keys() == set(devices)
-    if fits:
-        sizes = {device: state.shape for device, state in _read(devices).items()}
+def _check_generators(generators: object, devices: list[str]) -> None:
+    fits = False
+    if isinstance(generators, dict) and generators.keys() == set(devices):
+        shapes = {device: state.shape for device, state in _read(devices).items()}
         fits = all(
-            isinstance(x, Tensor) and x.dtype is torch.uint8 and x.shape == sizes[d] for d, x in generators.items()
+            isinstance(x, Tensor) and x.dtype is torch.uint8 and x.shape == shapes[d] for d, x in generators.items()
         )
     if not fits:
         got = f"a dict of {sorted(map(str, generators))}" if isinstance(generators, dict) else kind_of(generators)
@@ -68,8 +69,8 @@ def _write(generators: dict[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _forked(generators: dict[str, Tensor]) -> Iterator[None]:
-    """Lets the global generators go on from the given states, and puts them back afterwards."""
+def _global_generators_at(generators: dict[str, Tensor]) -> Iterator[None]:
+    """Sets the states of the global generators inside, and restores them afterwards."""
     before = _read(generators)
     try:
         _write(generators)
@@ -80,21 +81,22 @@ def _forked(generators: dict[str, Tensor]) -> Iterator[None]:
 
 @factory
 def common_randomness(seed: int = 0) -> Transform:
-    """Lets every evaluation of a step see the same random numbers: one set of dropout masks for `w` and `w + e`.
+    """Draws the same random numbers in every evaluation of a step: one set of dropout masks for `w` and `w + e`.
 
     `chain(common_randomness(seed), sam(rho), ...)`. The state of torch's global generators (of the CPU and of the
-    devices of the params) lives in the state of the transform: the next step draws anew, a resumed run draws what it
-    would have drawn, and the generators of the caller are left alone. Without it evaluations are independent.
+    devices of the params) is part of the state of the transform: the next step draws other numbers, a resumed run draws
+    the numbers of a run without a break, and the generators of the caller do not change. Without this transform each
+    evaluation draws other numbers.
 
-    Under `vmap` the members share one generator; `randomness` of `vmap` says whether they draw the same or not.
-    Compiled code draws from a generator of its own, so this works in eager code only.
+    Under `vmap` the members share one generator; the argument `randomness` of `vmap` says whether they draw the same
+    numbers. Compiled code has its own generator, so this works in eager code only.
 
     Args:
-        seed: Where the generators start.
+        seed: Seed of the generators, a whole number.
 
     Raises:
         TypeError: If `seed` is not a whole number.
-        RuntimeError: When it is compiled.
+        RuntimeError: On a step, if it is compiled.
 
     References:
         Foret et al., 2021: their code evaluates both gradients with one dropout key.
@@ -112,7 +114,7 @@ def common_randomness(seed: int = 0) -> Transform:
                 "Leave it out of compiled steps: there evaluations draw independently."
             )
         _check_generators(state.generators, _devices(params))
-        with _forked(state.generators):
+        with _global_generators_at(state.generators):
             grads, aux = grads_fn(params, *batch)
             after = _read(state.generators)
         return grads, RandomnessState(state.step + 1, after), aux

@@ -1,4 +1,4 @@
-"""Transforms that only rescale gradients: by a number, a norm, the size of the params, a learning rate."""
+"""Transforms that only rescale gradients: by a number, a norm, the magnitude of the params, a learning rate."""
 
 from operator import neg
 from typing import NamedTuple
@@ -112,7 +112,7 @@ def scale_by_magnitude(eta: Hyper = 0.0, mask: Mask = None) -> Transform:
 def clip_by_global_norm(max_norm: ScalarOrSchedule) -> Transform:
     """Shortens gradients whose global norm exceeds `max_norm`: `u = g min(1, max_norm / ||g||)`.
 
-    Gradients within the bound pass bit for bit. An infinite gradient gives NaN, not a small one.
+    Gradients whose norm is at most `max_norm` are returned bit for bit. An infinite gradient gives NaN.
 
     Args:
         max_norm: Largest norm, in the units of the gradients. A positive number, a tensor of shape () or a schedule.
