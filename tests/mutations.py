@@ -502,7 +502,11 @@ MUTATIONS += [
         GROUPS,
     ),
     Mutation(
-        "groups ask again at the params", "transforms/groups.py", "if _identical(known", "if False and _identical(known", GROUPS
+        "groups ask again at the params",
+        "transforms/groups.py",
+        "if _identical(known",
+        "if False and _identical(known",
+        GROUPS,
     ),
     Mutation(
         "groups that have a batch ask again",

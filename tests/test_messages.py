@@ -293,6 +293,8 @@ def test_backends():
     """There are three."""
     with refuses(ValueError, 'grad_and_value: `backend` must be "auto", "func" or "autograd", got \'jax\'.'):
         fs.grad_and_value(lambda w: w, backend="jax")
+    with refuses(ValueError, 'grad_and_value: `backend` must be "auto", "func" or "autograd", got [\'func\'].'):
+        fs.grad_and_value(lambda w: w, backend=["func"])
 
 
 def test_the_autograd_backend_under_func():

@@ -214,7 +214,7 @@ def test_repr_inside_vmap():
 def test_signatures():
     """Stay as they were written."""
     assert list(inspect.signature(fs.sgd).parameters) == ["lr", "momentum", "dampening", "weight_decay", "nesterov"]
-    assert list(inspect.signature(fs.Transform).parameters) == ["init", "update", "state", "inside"]
+    assert list(inspect.signature(fs.Transform).parameters) == ["init", "update", "state", "inside", "probes"]
     assert (fs.sgd.__name__, fs.sgd.__module__) == ("sgd", "funcsam")
 
 
@@ -394,6 +394,17 @@ def test_an_ascent_that_probes_is_refused(name):
 def test_other_ascents_are_taken(ascent):
     """All that map gradients, and what nobody can know of."""
     call(fs.sharpness_aware(ascent), PROBLEM)
+
+
+def test_a_transform_says_that_it_probes():
+    """Of the user's own, or inside another; of what says nothing, nothing is known."""
+    sam = fs.sam()
+    own = fs.Transform(sam.init_unchecked, sam.update_unchecked, fs.SharpnessAwareState, probes=True)
+    assert own.prober() is own
+    assert fs.chain(fs.scale(2.0), fs.masked(own, is_weight)).prober() is own
+    assert fs.chain(fs.scale(2.0), fs.sgd(0.1)).prober() is None
+    with pytest.raises(ValueError, match="must map gradients to a perturbation, got Transform"):
+        fs.sharpness_aware(own)
 
 
 def test_files_name_public_places():
