@@ -25,17 +25,16 @@ Buffers that a loss returns are dropped: evaluations leave no trace.
 
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcsam.core import checks, frames, graphs, levels, tree
-from funcsam.core.types import P, Params
+from funcsam.core.types import Loss, P, Params
 
 Coordinates = Tensor | Sequence[float]
 """A tensor of shape `(n,)` or a sequence of numbers, which are exact in the precision of the params."""
-Progress = Callable[[int], Any]
+Progress = Callable[[int], object]
 """Is told how many points were evaluated since the last call."""
 
 
@@ -121,7 +120,7 @@ def directions(params: P, seed: int = 0) -> tuple[P, P]:
 
 
 def grid(
-    loss_fn: Callable[..., Any],
+    loss_fn: Loss,
     params: P,
     directions: tuple[P, P],
     xs: Coordinates,
@@ -178,7 +177,7 @@ def grid(
 
 
 def line(
-    loss_fn: Callable[..., Any],
+    loss_fn: Loss,
     start: P,
     end: P,
     ts: Coordinates,
@@ -243,7 +242,7 @@ def _coordinates(where: str, name: str, given: Coordinates, params: Params) -> T
     return values
 
 
-def _numbers(where: str, name: str, given: Any, dtype: torch.dtype) -> list[Any]:
+def _numbers(where: str, name: str, given: Coordinates, dtype: torch.dtype) -> list[float]:
     """Checks a sequence of numbers, which go straight to a dtype: with float32 in between 0.1 would be another one."""
     if not isinstance(given, Iterable):
         got = type(given).__name__
@@ -260,8 +259,8 @@ def _numbers(where: str, name: str, given: Any, dtype: torch.dtype) -> list[Any]
 
 def _evaluated(
     where: str,
-    loss_fn: Callable[..., Any],
-    place: Callable[..., Any],
+    loss_fn: Loss,
+    place: Callable[..., Params],
     points: tuple[Tensor, ...],
     batch: tuple[object, ...],
     chunk_size: int,

@@ -652,14 +652,14 @@ MUTATIONS += [
     Mutation(
         "the base optimizer steps at the probe",
         "torch_optim/two_step.py",
-        "copy(self._values(), self._between.params)",
+        "copy(self._values(), self._saved_step.params)",
         "pass",
         FRONT,
     ),
     Mutation(
         "the second pass writes to the buffers",
         "torch_optim/two_step.py",
-        "copy([self._buffers()], [self._between.buffers])",
+        "copy([self._buffers()], [self._saved_step.buffers])",
         "pass",
         FRONT,
     ),
@@ -715,7 +715,7 @@ MUTATIONS += [
     Mutation(
         "a first pass that overflows is used",
         "torch_optim/two_step.py",
-        "between.finite is None or between.finite",
+        "saved.finite is None or saved.finite",
         "True",
         FRONT,
     ),
@@ -738,7 +738,7 @@ MUTATIONS += [
     ),
     Mutation(
         "a chain keeps the buffers of its probe",
-        "torch_optim/whole.py",
+        "torch_optim/optimizer.py",
         "copy([self._buffers()], [first[0]])",
         "pass",
         FRONT,
@@ -816,7 +816,7 @@ MUTATIONS += [
     Mutation(
         "a loaded base optimizer is lost",
         "torch_optim/two_step.py",
-        "lambda base: _share(me())",
+        "lambda base: _share_state(me())",
         "lambda base: None",
         FRONT_END,
     ),
@@ -1373,13 +1373,17 @@ MUTATIONS += [
     ),
     Mutation(
         "a closure that fails leaves a chain at the probe",
-        "torch_optim/whole.py",
+        "torch_optim/optimizer.py",
         "        finally:\n            copy(values, params)\n",
         "        else:\n            copy(values, params)\n        finally:\n",
         FAILING,
     ),
     Mutation(
-        "a closure that fails leaves a chain's buffers", "torch_optim/whole.py", "first[:] = [buffers]", "pass", FAILING
+        "a closure that fails leaves a chain's buffers",
+        "torch_optim/optimizer.py",
+        "first[:] = [buffers]",
+        "pass",
+        FAILING,
     ),
     Mutation(
         "a closure that fails leaves params at the probe",
@@ -1414,14 +1418,14 @@ MUTATIONS += [
     ),
     Mutation(
         "gradients stay sparse in the front end",
-        "torch_optim/front.py",
+        "torch_optim/base.py",
         "p.grad.detach() if p.grad.layout is torch.strided else p.grad.detach().to_dense()",
         "p.grad.detach()",
         SPARSE_FRONT,
     ),
     Mutation(
         "gradients are present if all are",
-        "torch_optim/front.py",
+        "torch_optim/base.py",
         "any(p.grad is not None",
         "all(p.grad is not None",
         SPARSE_FRONT,

@@ -1,8 +1,8 @@
 """Averages over processes: where one stands in the chain says which SAM it is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -11,21 +11,23 @@ from torch import Tensor
 from funcsam.core import checks, levels, shards, tree
 from funcsam.core.records import factory
 from funcsam.core.transform import Carried, Transform
-from funcsam.core.types import Aux, P, PairedGradsFn, Params, State
+from funcsam.core.types import Aux, P, PairedGradsFn, Params, State, Tree
 
 if dist.is_available():  # some builds of torch are without
     import torch.distributed._functional_collectives  # registers the operators
     from torch.distributed.device_mesh import DeviceMesh
 
-Ranks = Any
-Group = Any
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Group: TypeAlias = "ProcessGroup | DeviceMesh | None"
 """A process group, a one-dimensional `DeviceMesh`, or `None` for all processes."""
 Rule = Literal["mean", "first", "local"]
 BUCKET = 2**25
 """Bytes of a bucket: DDP's 25 MB, rounded."""
 
 
-def _group(where: str, group: Group) -> Ranks:
+def _group(where: str, group: Group) -> "ProcessGroup":
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             f"{where}: torch.distributed must be initialised. Start the processes with torchrun and call "
@@ -33,7 +35,7 @@ def _group(where: str, group: Group) -> Ranks:
         )
     if isinstance(group, DeviceMesh):
         group = group.get_group()
-    return dist.group.WORLD if group is None else group
+    return dist.distributed_c10d._get_default_group() if group is None else group
 
 
 class _Part(NamedTuple):
@@ -44,14 +46,14 @@ class _Part(NamedTuple):
         rule: What every rank is to have.
     """
 
-    tree: Any
+    tree: Tree
     rule: Rule
 
 
-def _buckets(kinds: Sequence[Any], leaves: Sequence[Tensor], limit: int) -> list[list[int]]:
+def _buckets(kinds: Sequence[Hashable], leaves: Sequence[Tensor], limit: int) -> list[list[int]]:
     """Lists the positions of leaves that travel together: of one kind, and up to a size."""
-    open_: dict[Any, list[int]] = {}
-    sizes: dict[Any, int] = {}
+    open_: dict[Hashable, list[int]] = {}
+    sizes: dict[Hashable, int] = {}
     buckets = []
     for position, (kind, leaf) in enumerate(zip(kinds, leaves, strict=True)):
         size = leaf.numel() * leaf.element_size()
@@ -63,7 +65,7 @@ def _buckets(kinds: Sequence[Any], leaves: Sequence[Tensor], limit: int) -> list
     return buckets
 
 
-def _exchanged(parts: Sequence[_Part], group: Ranks, limit: int) -> list[Any]:
+def _exchanged(parts: Sequence[_Part], group: "ProcessGroup", limit: int) -> list[Tree]:
     """Averages trees, or takes those of the first rank, in the same buckets."""
     flat = [tree.flatten_any(part.tree) for part in parts]
     moving = [
@@ -82,7 +84,7 @@ def _moves(leaf: Tensor, rule: Rule) -> bool:
     return rule == "first" or (rule == "mean" and (leaf.is_floating_point() or leaf.is_complex()))
 
 
-def _sums(leaves: Sequence[Tensor], rules: Sequence[Rule], group: Ranks, limit: int) -> list[Tensor]:
+def _sums(leaves: Sequence[Tensor], rules: Sequence[Rule], group: "ProcessGroup", limit: int) -> list[Tensor]:
     """Exchanges leaves by their rules; every bucket is under way before the first is waited for."""
     kinds = [(leaf.dtype, leaf.device, rule) for leaf, rule in zip(leaves, rules, strict=True)]
     buckets = _buckets(kinds, leaves, limit)
@@ -95,7 +97,7 @@ def _sums(leaves: Sequence[Tensor], rules: Sequence[Rule], group: Ranks, limit: 
     return total
 
 
-def _sent(leaves: Sequence[Tensor], rule: Rule, group: Ranks) -> Tensor:
+def _sent(leaves: Sequence[Tensor], rule: Rule, group: "ProcessGroup") -> Tensor:
     """Sends a bucket off. Under the compiler, torch's own wrapper would wait for it on the spot."""
     bucket = torch.cat([leaf.reshape(-1) for leaf in leaves])
     if rule == "mean":
@@ -186,7 +188,7 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
     return Transform(init, update, ())
 
 
-def _alike(params: Params, group: Ranks) -> None:
+def _alike(params: Params, group: "ProcessGroup") -> None:
     for path, leaf in zip(checks.paths(params), tree.flatten(params)[0], strict=True):
         if shards.sharded(leaf):
             raise TypeError(
@@ -230,6 +232,6 @@ def broadcast(x: P, group: Group = None) -> P:
     return _alone(x, "first", _group("broadcast", group))
 
 
-def _alone(x: P, rule: Rule, group: Ranks) -> P:
+def _alone(x: P, rule: Rule, group: "ProcessGroup") -> P:
     (new,) = _exchanged([_Part(x, rule)], group, BUCKET)
     return cast(P, new)

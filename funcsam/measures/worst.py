@@ -1,7 +1,6 @@
 """Worst-case sharpness: how far the loss rises in a ball around the params."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,7 +177,7 @@ def m_sharpness(
     if m > examples:
         raise ValueError(f"{where}: `m` must be at most the number of examples, got {m} for {examples}.")
 
-    def measure(nothing: Any, *part: Any) -> tuple[Any, Tensor]:
+    def measure(nothing: Params, *part: object) -> tuple[Params, Tensor]:
         """A grads_fn without params, whose aux is what `microbatch` averages."""
         return nothing, _rise(loss, params, part, rho, steps, near)
 

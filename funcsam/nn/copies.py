@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from funcsam.core import levels, tree
 from funcsam.nn.layout import Layout, Named
 
-_C: Any = torch._C
+_C: Any = torch._C  # what has no types
 
 
 def copy_all(layout: Layout, params: Named, buffers: Named, batch: tuple[object, ...]) -> Named:
