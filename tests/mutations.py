@@ -361,7 +361,7 @@ MUTATIONS += [
     Mutation(
         "spread buffers come back stacked",
         "nn/copies.py",
-        "_marked(torch.where(always, buffer, buffer))",
+        "_with_lazy_mark(torch.where(always, buffer, buffer))",
         "torch.where(always, buffer, buffer)",
         ENSEMBLE,
     ),
@@ -430,8 +430,8 @@ MUTATIONS += [
     Mutation(
         "the tensors of the module do not come back",
         "nn/loss.py",
-        "place.store[place.key] = value\n\n    def _now",
-        "pass\n\n    def _now",
+        "place.store[place.key] = value\n\n    def _current_layout",
+        "pass\n\n    def _current_layout",
         NN,
     ),
     Mutation("buffers come out as they went in", "nn/loss.py", "return answer, buffers\n", "return answer, {}\n", NN),
@@ -606,8 +606,8 @@ MUTATIONS += [
     Mutation(
         "all members have one hyperparameter",
         "ensemble/step.py",
-        "transform = made(numbers)\n            transform.check_state",
-        "transform = made(member(hyper, 0))\n            transform.check_state",
+        "transform = make(numbers)\n            transform.check_state",
+        "transform = make(member(hyper, 0))\n            transform.check_state",
         ENSEMBLE,
     ),
     Mutation("logits are averaged", "ensemble/metrics.py", "F.log_softmax(logits, -1), 0", "logits, 0", ENSEMBLE),
@@ -763,8 +763,8 @@ MUTATIONS += [
     Mutation(
         "aux stays local",
         "distributed/average.py",
-        "_Part(found, aux)",
-        '_Part(found, "local")',
+        "_Message(found, aux)",
+        '_Message(found, "local")',
         node("distributed", "buffers_are_averaged_taken_from_the_first_rank_or_kept[2]"),
     ),
     Mutation(
@@ -777,15 +777,15 @@ MUTATIONS += [
     Mutation(
         "params may differ",
         "distributed/average.py",
-        '_alike(params, _group("all_reduce_mean", group))',
+        '_check_equal(params, _group("all_reduce_mean", group))',
         "pass",
         node("distributed", "ranks_that_start_from_different_seeds_are_refused[2]"),
     ),
     Mutation(
         "states upstream stay local",
         "distributed/average.py",
-        '_Part(found.extra, "mean")',
-        '_Part(found.extra, "local")',
+        '_Message(found.extra, "mean")',
+        '_Message(found.extra, "local")',
         node("distributed", "states_upstream_are_averaged[2]"),
     ),
     Mutation(

@@ -32,7 +32,7 @@ def predict(
     Args:
         model: The module of one member.
         params: Stacked, as `init` returns them.
-        buffers: Likewise.
+        buffers: Stacked, as `init` returns them.
         *inputs: What the module is called with.
         in_dims: The axis of the members for each input, as in `torch.vmap`; `None` for inputs that they share.
         chunk_size: How many members are computed at once; `None` takes all, 1 takes them in a plain loop.

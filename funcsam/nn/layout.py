@@ -33,7 +33,7 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class Place(NamedTuple):
-    """Where a module keeps a tensor: under a name of `_Loss`, which is a key of a dict of one of its modules."""
+    """Where a module keeps a tensor: a name within `_ModelAndLoss`, and a key of a dict of one of its modules."""
 
     path: str
     store: dict[str, Tree]

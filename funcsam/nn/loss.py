@@ -21,8 +21,8 @@ ModelLoss: TypeAlias = Callable[..., Tensor | tuple[Tensor, Aux]]
 """`loss(model, *batch)` returns the loss of a module, a tensor of shape (), or with `has_aux` `(loss, aux)`."""
 
 
-class _Loss(nn.Module):
-    """A module and what is made of it, as one module, so that the loss is computed while the tensors are in place."""
+class _ModelAndLoss(nn.Module):
+    """Wraps a model and its loss as one module, so that the loss is computed while the tensors are in place."""
 
     def __init__(self, model: nn.Module, loss: ModelLoss) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ModuleLoss:
 
     def __init__(self, model: nn.Module, loss: ModelLoss, has_aux: bool) -> None:
         self.model, self.loss, self.has_aux = model, loss, has_aux
-        self._whole = _Loss(model, loss)
+        self._model_and_loss = _ModelAndLoss(model, loss)
         self._contents, self._layout = Contents(model), Layout(model)
 
     def __call__(self, params: Named, buffers: Named, *batch: object) -> tuple[Tensor, Aux]:
@@ -92,7 +92,7 @@ class ModuleLoss:
         values |= {name: own[name].detach() for name in layout.places if name not in values}
         places = {place.path: value for name, value in values.items() for place in layout.places[name]}
         with levels.uncached() if parametrize._cache_enabled else contextlib.nullcontext():
-            answer = torch.func.functional_call(self._whole, places, batch, tie_weights=False)
+            answer = torch.func.functional_call(self._model_and_loss, places, batch, tie_weights=False)
         return self._answer(answer, {name: places[layout.places[name][0].path] for name in buffers})
 
     @contextlib.contextmanager
@@ -108,7 +108,7 @@ class ModuleLoss:
             RuntimeError: On a call, if parts of the module would run again after the end.
         """
         before: list[tuple[Place, Tree]] = []
-        layout = self._now()
+        layout = self._current_layout()
 
         def put(values: Mapping[str, Tensor]) -> None:
             for name, value in values.items():
@@ -151,7 +151,7 @@ class ModuleLoss:
             for place, value in reversed(before):
                 place.store[place.key] = value
 
-    def _now(self) -> Layout:
+    def _current_layout(self) -> Layout:
         """Returns the layout of the module as it is now: parts of it may have been replaced since the last call."""
         if self._contents.changed():
             self._contents, self._layout = Contents(self.model), Layout(self.model)

@@ -105,8 +105,7 @@ class SharpnessAware(TreeOptimizer):
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)):
             got = base_optimizer.__name__ if isinstance(base_optimizer, type) else type(base_optimizer).__name__
             raise TypeError(f"{where}: `base_optimizer` must be a class of torch.optim, such as SGD, got {got}.")
-        if first_pass not in ("auto", "closure", "gradients"):
-            raise ValueError(f'{where}: `first_pass` must be "auto", "closure" or "gradients", got {first_pass!r}.')
+        checks.choice(where, ("auto", "closure", "gradients"), first_pass=first_pass)
         given: list[Tree] = list(params)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
         self.base_optimizer = base_optimizer([own | group for group in groups], **kwargs)
