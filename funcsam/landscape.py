@@ -6,9 +6,9 @@
     losses = fs.landscape.line(loss_fn, params, others, torch.linspace(0, 1, 41), buffers, x, y)
 
 **Two solutions side by side.** Give both the same seed: they get the same Gaussian draw, each scaled to its own
-filters. A network with batch normalisation computes the same function if a filter is multiplied by ten. A ReLU network does if one
-layer is multiplied and the next is divided by ten. So a step of fixed length means something else to each of two
-solutions; a step of one filter norm means the same.
+filters. A network with batch normalisation computes the same function if a filter is multiplied by ten; a ReLU network
+does if one layer is multiplied and the next is divided by ten. So a step of fixed length means something else to each
+of two solutions; a step of one filter norm means the same.
 
 **Batch normalisation** has no running statistics for weights that were moved, so `loss_fn` says which ones are taken:
 

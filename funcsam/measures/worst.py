@@ -158,7 +158,8 @@ def m_sharpness(
 
     Raises:
         TypeError: As `worst_case_sharpness`, or if what is to be sliced is not a tensor.
-        ValueError: As `worst_case_sharpness`, or if `m` exceeds the number of examples, or `in_dims` does not fit the batch.
+        ValueError: As `worst_case_sharpness`, or if `m` exceeds the number of examples, or `in_dims` does not fit the
+            batch.
 
     Examples of opposite slopes 1 and -1 make a flat batch, and two steep slices:
 

@@ -83,7 +83,7 @@ class ModuleLoss:
         What the module wrote to comes back as a new tensor, what it did not as the tensor that was given.
         """
         if not torch.compiler.is_compiling():
-            with self.held(again=False) as evaluate:
+            with self.in_force(again=False) as evaluate:
                 return evaluate(params, buffers, *batch)
         layout = Layout(self.model)
         check(layout, params, buffers)
@@ -96,7 +96,7 @@ class ModuleLoss:
         return self._answer(answer, {name: places[layout.places[name][0].path] for name in buffers})
 
     @contextlib.contextmanager
-    def held(self, again: bool = True, differentiated: bool = False) -> Iterator[Callable[..., tuple[Tensor, Aux]]]:
+    def in_force(self, again: bool = True, differentiated: bool = False) -> Iterator[Callable[..., tuple[Tensor, Aux]]]:
         """Gives the same function for code that is not compiled, and leaves the tensors in the module until the end.
 
         Args:
