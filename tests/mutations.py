@@ -1961,7 +1961,7 @@ MUTATIONS += [
     Mutation(
         "a batch made before is not looked for",
         "core/graphs.py",
-        "            found = True  # made before",
+        "            found = True  # made before this evaluation",
         "            pass",
         node("derivatives", "batches_that_require_grad"),
     ),
@@ -2045,7 +2045,7 @@ MUTATIONS += [
     Mutation(
         "batch normalisation is differentiated through vmap by backward",
         "core/levels.py",
-        "or any(raw(leaf).requires_grad for leaf in leaves)",
+        "or any(unwrapped(x).requires_grad for x in leaves)",
         "",
         HYPER,
     ),
