@@ -1837,6 +1837,13 @@ MUTATIONS += [
         OBJECTS,
     ),
     Mutation(
+        "objects: a transform of the user's own does not probe",
+        "core/transform.py",
+        "self._probes = probes",
+        "self._probes = False",
+        OBJECTS,
+    ),
+    Mutation(
         "objects: an ascent may probe", "family/sharpness_aware.py", "if found is not None:", "if False:", OBJECTS
     ),
     Mutation(
@@ -2125,6 +2132,27 @@ MUTATIONS += [
         "g if g.layout is torch.strided else g.to_dense() for",
         "g for",
         ("tests/test_gradients.py",),
+    ),
+    Mutation(
+        "any word is a choice",
+        "core/checks.py",
+        "if not (isinstance(value, str) and value in options):",
+        "if False:",
+        node("messages", "backends"),
+    ),
+    Mutation(
+        "a bool is a whole number",
+        "core/checks.py",
+        "if isinstance(value, bool) or not isinstance(value, int):",
+        "if not isinstance(value, int):",
+        ("tests/test_messages.py",),
+    ),
+    Mutation(
+        "anything is a transform",
+        "core/transform.py",
+        "        if not isinstance(value, Transform):",
+        "        if False:",
+        GROUPS,
     ),
 ]
 
