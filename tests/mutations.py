@@ -1841,6 +1841,13 @@ MUTATIONS += [
         OBJECTS,
     ),
     Mutation(
+        "objects: a transform of the user's own does not probe",
+        "core/transform.py",
+        "self._probes = probes",
+        "self._probes = False",
+        OBJECTS,
+    ),
+    Mutation(
         "objects: an ascent may probe", "family/sharpness_aware.py", "if found is not None:", "if False:", OBJECTS
     ),
     Mutation(
@@ -1965,7 +1972,7 @@ MUTATIONS += [
     Mutation(
         "a batch made before is not looked for",
         "core/graphs.py",
-        "            found = True  # made before",
+        "            found = True  # made before this evaluation",
         "            pass",
         node("derivatives", "batches_that_require_grad"),
     ),
@@ -2049,7 +2056,7 @@ MUTATIONS += [
     Mutation(
         "batch normalisation is differentiated through vmap by backward",
         "core/levels.py",
-        "or any(raw(leaf).requires_grad for leaf in leaves)",
+        "or any(unwrapped(x).requires_grad for x in leaves)",
         "",
         HYPER,
     ),
@@ -2129,6 +2136,27 @@ MUTATIONS += [
         "g if g.layout is torch.strided else g.to_dense() for",
         "g for",
         ("tests/test_gradients.py",),
+    ),
+    Mutation(
+        "any word is a choice",
+        "core/checks.py",
+        "if not (isinstance(value, str) and value in options):",
+        "if False:",
+        node("messages", "backends"),
+    ),
+    Mutation(
+        "a bool is a whole number",
+        "core/checks.py",
+        "if isinstance(value, bool) or not isinstance(value, int):",
+        "if not isinstance(value, int):",
+        ("tests/test_messages.py",),
+    ),
+    Mutation(
+        "anything is a transform",
+        "core/transform.py",
+        "        if not isinstance(value, Transform):",
+        "        if False:",
+        GROUPS,
     ),
 ]
 

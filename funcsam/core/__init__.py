@@ -1,1 +1,1 @@
-"""What everything stands on: the algebra, gradients, arithmetic on trees, schedules and checks."""
+"""The base of the library: the algebra, gradients, arithmetic on trees, schedules and checks."""

@@ -79,7 +79,7 @@ def share(where: str, **named: Tree) -> None:
 
 
 def integer(where: str, **named: object) -> None:
-    """Raises unless every value is a whole number; a bool is none."""
+    """Raises unless every value is a whole number; a bool is refused."""
     for name, value in named.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{where}: `{name}` must be a whole number, got {type(value).__name__}.")

@@ -1,17 +1,17 @@
 """Whether code runs in a step or in a loss, which decides what is differentiated.
 
-As everywhere in torch, what requires grad is differentiated where grad mode is on: params,
-hyperparameters, batches, states, and what a loss captures. There is one exception, since a training loop goes on from
-its own result: in plain eager code a step (`step`, `update`, `apply_updates`) and a landscape take as values, detached,
+As everywhere in torch, what requires grad is differentiated where grad mode is on: params, hyperparameters, batches,
+states, and what a loss captures. There is one exception, because a training loop continues from its own result: in
+plain eager code a step (`step`, `update`, `apply_updates`) and a landscape treat as values, that is, they detach
 
 - params that are leaves of the autograd graph, such as `dict(model.named_parameters())`, and
 - `nn.Parameter`s that the loss captures.
 
-In the loss of a `grad_and_value`, and under `torch.func` and forward-mode AD, there is no exception. A leaf that is
-used before or after the steps, too, gets the derivative of these uses alone: give the steps a copy that is no leaf
-(`leaf.clone()`), or differentiate by `torch.func.grad` or `grad_and_value`.
+In the loss of a `grad_and_value`, and under `torch.func` and forward-mode AD, there is no exception. If a leaf is used
+before or after the steps, too, its derivative is that of these uses alone. To differentiate through the steps, start
+them from a copy that is not a leaf (`leaf.clone()`), or use `torch.func.grad` or `grad_and_value`.
 
-Compiled code knows no leaves: there a step takes params that are `nn.Parameter`s as values, and no others.
+Compiled code does not know which tensors are leaves: there a step detaches params that are `nn.Parameter`s alone.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +25,7 @@ _frame: ContextVar[str] = ContextVar("funcsam.frame", default="function")
 
 
 class _In(AbstractContextManager[None]):
-    """Says what runs inside: a step, or a loss that plain autograd differentiates."""
+    """Inside, a step runs, or a loss that plain autograd differentiates."""
 
     __slots__ = ("frame", "token")
 

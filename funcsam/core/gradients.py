@@ -29,8 +29,8 @@ def grad_and_value(loss_fn: Loss, has_aux: bool = False, backend: Backend = "aut
     Returns:
         `grads_fn(params, *batch) -> (grads, loss)`, or `(grads, (loss, aux))` with `has_aux`. A leaf that the loss does
         not depend on has gradient zero. Like that of `torch.func.grad_and_value`, the answer has a graph where grad
-        mode is on and something requires grad: a param, the batch, what the loss captures. A step takes params that
-        are leaves as values, see `Transform.update`.
+        mode is on and something requires grad: a param, the batch, what the loss captures. A step detaches params
+        that are leaves, see `Transform.update`.
 
     Raises:
         ValueError: If `backend` is unknown.

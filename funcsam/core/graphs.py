@@ -16,7 +16,7 @@ def sequence_number() -> int:
 
 
 def inner_leaf(x: Tensor) -> Tensor:
-    """Returns a new leaf for one evaluation; for every other evaluation it is a value, not to be differentiated by."""
+    """Returns a new leaf for one evaluation; other evaluations treat it as a value."""
     leaf = x.detach().requires_grad_()
     leaf._funcsam_inner = True  # type: ignore[attr-defined]
     return leaf
@@ -46,10 +46,10 @@ def detach_values(outputs: P, params: Params, since: int) -> P:
     if not frames.captures_are_values():
         return outputs
     found, spec = tree.flatten_any(outputs)
-    tracked = [x for x in map(levels.raw, filter(torch.is_tensor, found)) if x.requires_grad]
+    tracked = [x for x in map(levels.unwrapped, filter(torch.is_tensor, found)) if x.requires_grad]
     if not tracked:
         return outputs
-    inputs = [levels.raw(leaf) for leaf in tree.flatten(params)[0]]
+    inputs = [levels.unwrapped(leaf) for leaf in tree.flatten(params)[0]]
     if differentiable(tracked, inputs, since, any(x.requires_grad for x in inputs), True):
         return outputs
     return tree.unflatten(spec, [x.detach() if isinstance(x, Tensor) else x for x in found], outputs)
@@ -83,7 +83,7 @@ def differentiable(
             seen.update(new)
             nodes += new
         elif edges:
-            found = True  # made before
+            found = True  # made before this evaluation
         elif (variable := getattr(node, "variable", None)) is not None and id(variable) not in input_ids:
             if hasattr(variable, "_funcsam_inner"):
                 continue

@@ -25,7 +25,7 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
 
 
-def raw(x: Tensor) -> Tensor:
+def unwrapped(x: Tensor) -> Tensor:
     """Unwraps a tensor from all `torch.func` levels; a batch keeps the axis of its members."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
@@ -44,7 +44,7 @@ def refuse_functional(where: str) -> None:
         frame = frame.f_back
 
 
-def plain(x: Tensor) -> Tensor:
+def first_unwrapped(x: Tensor) -> Tensor:
     """Unwraps a tensor from all `torch.func` levels; of a batch, whose members must be equal, it returns the first."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         batched, axis = torch._C._functorch.is_batchedtensor(x), torch._C._functorch.maybe_get_bdim(x)
@@ -94,7 +94,7 @@ def differentiates_vmap(leaves: Iterable[Tensor]) -> bool:
     if False not in kinds:
         return False
     first = kinds.index(True) if True in kinds else len(kinds)
-    return False in kinds[first:] or forward_ad._current_level >= 0 or any(raw(leaf).requires_grad for leaf in leaves)
+    return False in kinds[first:] or forward_ad._current_level >= 0 or any(unwrapped(x).requires_grad for x in leaves)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
     grads_fn(params, *batch) -> (grads, aux)                       what `torch.func.grad_and_value` returns
     update(params, grads_fn, state, *batch) -> (updates, state, aux)
 
-What happens at the params is kept; probes leave no trace: `aux` and the states of all upstream transforms are those of
-the first evaluation a transform asks for.
+Probes leave no trace: `aux` and the states of all upstream transforms are those of the first evaluation a transform
+asks for. What later evaluations return beside gradients is dropped.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,11 +36,11 @@ Inside: TypeAlias = Callable[[State], Iterable[tuple["Transform", State]]]
 
 C = TypeVar("C", bound=type)
 _scalars: dict[type, tuple[str, ...]] = {}
-"""The fields of each class of states that are tensors of shape ()."""
+"""The names of the fields that are tensors of shape (), for each class of states."""
 
 
 def saveable(cls: C) -> C:
-    """Lets `torch.load(weights_only=True)` read states that hold this NamedTuple, whose tensors have shape ()."""
+    """Registers a class of states for `torch.load(weights_only=True)`; its `Tensor` fields must have shape ()."""
     cls.__module__ = public_module(cls.__module__)
     torch.serialization.add_safe_globals([cls])
     _scalars[cls] = tuple(name for name, hint in cls.__annotations__.items() if hint is Tensor)
@@ -316,8 +316,8 @@ def _downstream(part: Transform, state: State, grads_fn: PairedGradsFn) -> Paire
 def chain(*transforms: Transform) -> Transform:
     """Composes transforms: gradients flow in at the left, updates come out at the right.
 
-    What a transform sees as its `grads_fn` is whatever the ones to its left make of the gradients, at the params and at
-    every probe. Chains are flat and associative, `chain(t)` is `t`, and `chain()` is `identity()`, the unit.
+    The `grads_fn` of a transform is the gradient function of the user with all transforms to its left applied, at the
+    params and at every probe. Chains are flat and associative, `chain(t)` is `t`, and `chain()` is `identity()`.
 
     Returns:
         A `Transform` whose state is a tuple of the states of its parts.

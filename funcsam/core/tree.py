@@ -44,12 +44,12 @@ def flatten(x: Tree) -> tuple[list[Tensor], optree.PyTreeSpec]:
 
 
 def empty(x: object) -> bool:
-    """Tells whether a node is a dict without entries, as the buffers of many modules are."""
+    """Tells whether a node is a dict without entries, such as the buffers of many modules."""
     return isinstance(x, dict) and not x
 
 
 def flatten_any(x: Tree) -> tuple[list[Tree], optree.PyTreeSpec]:
-    """Flattens what may hold empty dicts, such as `aux` and batches; these count as leaves.
+    """Flattens a tree that may hold empty dicts, such as `aux` or a batch; an empty dict counts as a leaf.
 
     The compiler cannot take an empty dict apart (torch 2.13 with optree 0.20).
     """
@@ -58,7 +58,7 @@ def flatten_any(x: Tree) -> tuple[list[Tree], optree.PyTreeSpec]:
 
 
 def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[object], like: P) -> P:
-    """Puts leaves into a structure, which is that of `like`; type checkers learn its type from there."""
+    """Puts leaves into a structure; `like`, a tree of this structure, is for type checkers alone."""
     tree: P = optree.tree_unflatten(spec, leaves)  # type: ignore[assignment]
     return tree
 
@@ -76,15 +76,15 @@ def detached(params: P, where: str = "step") -> P:
     return unflatten(spec, [leaf.detach() if on else leaf for leaf, on in zip(leaves, found, strict=True)], params)
 
 
-def _alike(
+def _leaves_like(
     tree: Tree, xs: Sequence[Tensor], spec: optree.PyTreeSpec, where: str = "step", what: str = "state"
 ) -> list[Tensor]:
-    """Returns the leaves of a tree that must have the structure and the shapes of another.
+    """Returns the leaves of a tree, and raises unless it has the structure and the shapes of another.
 
     Gradients are checked where they come in, so inside a step it is the state that may not fit.
     """
-    leaves, own = flatten(tree)
-    if own != spec or any(not isinstance(y, Tensor) or y.shape != x.shape for x, y in zip(xs, leaves, strict=True)):
+    leaves, found = flatten(tree)
+    if found != spec or any(not isinstance(y, Tensor) or y.shape != x.shape for x, y in zip(xs, leaves, strict=True)):
         checks.same(where, what, tree, optree.tree_unflatten(spec, xs))
     return leaves
 
@@ -92,7 +92,7 @@ def _alike(
 def _each(fused: Callable[..., Sequence[Tensor]] | None, single: Callable[..., Tensor], x: P, *rest: Tree) -> P:
     """Applies one fused kernel, or the operation on each leaf, and casts back to the dtypes of `x`."""
     xs, spec = flatten(x)
-    return unflatten(spec, kernels.each(fused, single, xs, *(_alike(tree, xs, spec) for tree in rest)), x)
+    return unflatten(spec, kernels.each(fused, single, xs, *(_leaves_like(tree, xs, spec) for tree in rest)), x)
 
 
 def map(fn: Callable[..., Tensor], x: P, *rest: Tree) -> P:
@@ -131,7 +131,7 @@ def counter(params: Tree) -> Tensor:
 def add(x: P, y: P, where: str = "step", what: str = "state") -> P:
     """Returns `x + y`; an error speaks of `y` as `what`."""
     xs, spec = flatten(x)
-    ys = _alike(y, xs, spec, where, what)
+    ys = _leaves_like(y, xs, spec, where, what)
     return unflatten(spec, kernels.each(torch._foreach_add, operator.add, xs, ys), x)
 
 
@@ -151,7 +151,7 @@ def maximum(x: P, y: P) -> P:
 
 
 def sqrt(x: P) -> P:
-    """Returns the elementwise root; its derivative at zero is taken as zero."""
+    """Returns the elementwise root; its derivative at zero is defined as zero."""
     tracked = any(leaf.requires_grad for leaf in flatten(x)[0])
     return _each(None if tracked else torch._foreach_sqrt, _sqrt, x)
 
@@ -211,7 +211,7 @@ def scale(factor: Tree, x: P) -> P:
 def add_scaled(x: P, factor: Number, y: P, mask: Mask = None) -> P:
     """Returns `x + factor * y`, and `x` itself where the mask is False."""
     xs, spec = flatten(x)
-    ys = _alike(y, xs, spec)
+    ys = _leaves_like(y, xs, spec)
     if mask is None and isinstance(factor, float | int) and kernels.fusable(xs):
         return unflatten(spec, kernels.cast(shards.fused(torch._foreach_add, xs, ys, alpha=factor), xs), x)
     chosen = [True] * len(xs) if mask is None else masks.masks(mask, y)
@@ -228,7 +228,7 @@ def _add_scaled(x: Tensor, factor: Number, y: Tensor) -> Tensor:
 def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:
     """Returns `(|w| + eta) x` in the dtypes of `x`, and `x` itself where the mask is False."""
     xs, spec = flatten(x)
-    ws = _alike(w, xs, spec)
+    ws = _leaves_like(w, xs, spec)
     if mask is None and isinstance(eta, float | int) and kernels.fusable(xs):
         sizes = shards.fused(torch._foreach_abs, ws)
         if eta:

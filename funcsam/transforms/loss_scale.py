@@ -54,7 +54,7 @@ def dynamic_loss_scale(
         A `Transform` for a `grads_fn` that `grad_and_value` made. `aux` holds the unscaled loss.
 
     Raises:
-        TypeError: If `inner` is not a `Transform`, or on a step, if the loss behind `grads_fn` cannot be scaled.
+        TypeError: If `inner` is not a `Transform`, or on a step, if the loss of `grads_fn` cannot be scaled.
         ValueError: If a number is out of range.
 
     References:

@@ -65,7 +65,7 @@ def _read(devices: Iterable[str]) -> dict[str, Tensor]:
 def _write(generators: dict[str, Tensor]) -> None:
     for device, state in generators.items():
         module, where = _generator(device)
-        module.set_rng_state(levels.plain(state.cpu()), *where)
+        module.set_rng_state(levels.first_unwrapped(state.cpu()), *where)
 
 
 @contextlib.contextmanager
