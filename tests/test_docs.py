@@ -1,27 +1,92 @@
-"""The code of the pages runs as pasted, and says what is true."""
+"""The pages: their code runs as it stands, every public name has an example, the site needs no other site."""
 
+import ast
+import doctest
+import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import matplotlib
+import pytest
 import torch
 
-PAGES = Path(__file__).parent.parent / ".ci" / "docs"
+import funcsam as fs
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / ".ci" / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "notebooks" not in page.parts)
+MODULES = {"funcsam": fs} | {f"funcsam.{n}": m for n, m in vars(fs).items() if n in fs.__all__ and inspect.ismodule(m)}
 
 
-def run(page):
-    """Runs the code blocks of a page one after the other and returns what they define."""
-    namespace = {"__name__": page}
-    for block in re.findall(r"```python\n(.*?)```", (PAGES / f"{page}.md").read_text(), re.DOTALL):
-        exec(block, namespace)
-    return namespace
+def code(page):
+    """Returns the code of a page, one block below the other."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
 
 
-def test_modules():
-    """LoRA trains its factors alone, on a base that stays as it is and shared."""
-    found = run("modules")
-    assert set(found["params"]) == {"a", "b"}
-    assert found["params"]["a"].shape == (3, 2, 16)
-    assert found["buffers"] == {}
-    assert found["loss"].shape == (3,)
-    assert (found["loss"] < 1.2).all()
-    assert torch.equal(found["model"].b.count_nonzero(), torch.tensor(8))
+@pytest.mark.parametrize("page", [page for page in PAGES if code(page)], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    """All blocks run, in order, in one namespace."""
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(code(page), str(page), "exec"), {"__name__": page.stem})
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name in ("howto", "methods") and p.stem != "index"])
+def test_how_to_pages_and_methods_check_what_they_say(page):
+    """Their code ends in something that can fail."""
+    assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(code(page))))
+
+
+def called(text):
+    """Lists the names that code calls: `f(...)` and `a.f(...)`."""
+    calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    return {f.attr if isinstance(f, ast.Attribute) else f.id for f in calls if isinstance(f, ast.Attribute | ast.Name)}
+
+
+def test_every_public_function_has_an_example():
+    """Each is called in the code of a page or in a doctest of its own."""
+    on_pages = set().union(*(called(code(page)) for page in PAGES))
+    missing = []
+    for place, module in MODULES.items():
+        for name in module.__all__:
+            x = getattr(module, name)
+            if inspect.ismodule(x) or (isinstance(x, type) and issubclass(x, tuple)):
+                continue
+            examples = doctest.DocTestParser().get_examples(inspect.getdoc(x) or "")
+            own = set().union(*(called(example.source) for example in examples)) if examples else set()
+            if name not in on_pages | own:
+                missing.append(f"{place}.{name}")
+    assert missing == []
+
+
+def test_every_public_name_is_in_the_reference():
+    """The page of the API lists every name, and no other."""
+    listed = set(re.findall(r"^\.\. auto(?:class|function):: (\w+)", (DOCS / "api.md").read_text(), re.MULTILINE))
+    public = {
+        name for module in MODULES.values() for name in module.__all__ if not inspect.ismodule(getattr(module, name))
+    }
+    assert listed == public
+
+
+def test_every_page_is_in_the_index():
+    """No page is hidden from readers."""
+    lists = "\n".join(page.read_text() for page in PAGES if "{toctree}" in page.read_text())
+    names = {page.stem for page in PAGES} - {"index"}
+    assert {name for name in names if not re.search(rf"^(?:\w+/)?{name}$", lists, re.MULTILINE)} == set()
+
+
+@pytest.mark.xdist_group("site")
+def test_the_site_is_whole(tmp_path):
+    """It builds without a warning, and takes no script, style, font or picture from another site."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+    foreign = re.compile(
+        r"""<(?:script|img|iframe|source)[^>]+src=["'](?:https?:)?//|<link[^>]+href=["'](?:https?:)?//"""
+    )
+    assert [page.name for page in tmp_path.rglob("*.html") if foreign.search(page.read_text())] == []
+    styles = [page for page in tmp_path.rglob("*.css") if re.search(r"url\(['\"]?https?:|@import", page.read_text())]
+    assert styles == []

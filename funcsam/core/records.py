@@ -6,7 +6,7 @@ import inspect
 import pickle
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import ParamSpec, Self, TypeAlias, TypeVar
+from typing import ClassVar, ParamSpec, Self, TypeAlias, TypeVar
 
 import optree
 import torch
@@ -32,6 +32,10 @@ class Recorded:
     """An object that records the factory that made it, and its arguments. Without a factory, its class is recorded."""
 
     _record: Record
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls) -> None:
+        cls.__signature__ = inspect.signature(cls.__init__.__get__(object()))  # not that of `__new__`
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Records the call of the class."""
