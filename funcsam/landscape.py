@@ -1,4 +1,4 @@
-"""The loss around a solution, and between two: the numbers of which pictures of landscapes are drawn.
+"""The loss around a solution, and between two solutions: the numbers behind pictures of loss landscapes.
 
     directions = fs.landscape.directions(params, seed=0)
     ts = torch.linspace(-1, 1, 41)
@@ -6,16 +6,16 @@
     losses = fs.landscape.line(loss_fn, params, others, torch.linspace(0, 1, 41), buffers, x, y)
 
 **Two solutions side by side.** Give both the same seed: they get the same Gaussian draw, each scaled to its own
-filters. A network with batch normalisation computes the same with a filter ten times as large, and one with ReLU with a
-layer ten times as large and the next ten times as small, so that a step of fixed length means something else to each of
-them; a step of one filter norm means the same.
+filters. A network with batch normalisation computes the same function if a filter is multiplied by ten; a ReLU network
+does if one layer is multiplied and the next is divided by ten. So a step of fixed length means something else to each
+of two solutions; a step of one filter norm means the same.
 
 **Batch normalisation** has no running statistics for weights that were moved, so `loss_fn` says which ones are taken:
 
 - those of the batch, by a module in training mode: `fs.nn.loss_fn(model.train(), loss)`. The picture is of the loss
   that training descends; it does not change with the size of a filter that is normalised, and batches should be large.
   For `line` this is the only right choice: statistics interpolated between two solutions, or taken from one, fit no
-  point between. Put dropout into evaluation mode, as a picture of random numbers says nothing.
+  point between them. Put dropout into evaluation mode, as a picture of random numbers says nothing.
 - those of the solution, by a module in evaluation mode: `fs.nn.loss_fn(model.eval(), loss)`. The picture is of the
   network as deployed, and as Li et al. draw it; the loss also rises because the statistics go stale, and that part of
   it is not sharpness.
@@ -25,17 +25,18 @@ Buffers that a loss returns are dropped: evaluations leave no trace.
 
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcsam.core import checks, frames, graphs, levels, tree
-from funcsam.core.types import P, Params
+from funcsam.core.types import Loss, P, Params
+
+__all__ = ["directions", "filter_normalize", "grid", "line"]
 
 Coordinates = Tensor | Sequence[float]
 """A tensor of shape `(n,)` or a sequence of numbers, which are exact in the precision of the params."""
-Progress = Callable[[int], Any]
+Progress = Callable[[int], object]
 """Is told how many points were evaluated since the last call."""
 
 
@@ -62,16 +63,16 @@ def filter_normalize(direction: P, params: P) -> P:
         Li et al., 2018, section 4 (filter-wise normalisation). arXiv 1712.09913.
     """
     checks.same("filter_normalize", "direction", direction, params)
-    return tree.map(_fitted, direction, params)
+    return tree.map(_normalize_filters, direction, params)
 
 
-def _fitted(direction: Tensor, weight: Tensor) -> Tensor:
+def _normalize_filters(direction: Tensor, weight: Tensor) -> Tensor:
     if weight.ndim < 2:
         return torch.zeros_like(direction)
-    return direction * (_norms(weight) * tree.reciprocal(_norms(direction)))
+    return direction * (_filter_norms(weight) * tree.reciprocal(_filter_norms(direction)))
 
 
-def _norms(x: Tensor) -> Tensor:
+def _filter_norms(x: Tensor) -> Tensor:
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
     return tree.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True, dtype=wide)
 
@@ -102,8 +103,7 @@ def directions(params: P, seed: int = 0) -> tuple[P, P]:
     References:
         Li et al., 2018, section 4. arXiv 1712.09913.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"directions: `seed` must be a whole number, got {type(seed).__name__}.")
+    checks.integer("directions", seed=seed)
     checks.params("directions", params)
     if not any(leaf.ndim >= 2 for leaf in tree.flatten(params)[0]):
         raise ValueError(
@@ -121,7 +121,7 @@ def directions(params: P, seed: int = 0) -> tuple[P, P]:
 
 
 def grid(
-    loss_fn: Callable[..., Any],
+    loss_fn: Loss,
     params: P,
     directions: tuple[P, P],
     xs: Coordinates,
@@ -143,8 +143,8 @@ def grid(
         ys: Steps along the second.
         *batch: What `loss_fn` is called with.
         chunk_size: How many points are evaluated at once, by `vmap`; 1 takes them in a plain loop. Memory grows with
-            it. On a CPU 1 is the fastest, as kernels are slower where weights differ from point to point; an
-            accelerator that a single point leaves idle wants more.
+            it. On a CPU 1 is the fastest, because kernels are slower where every point has weights of its own. On an
+            accelerator that one point does not fill, larger values are faster.
         progress: Is called with the number of points just done, `len(xs) len(ys)` in all.
 
     Returns:
@@ -153,7 +153,7 @@ def grid(
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If directions do not fit the params, coordinates are none, or the loss is not of shape ().
+        ValueError: If directions do not fit the params, there are no coordinates, or the loss is not of shape ().
 
     >>> w, d = torch.tensor([1.0, 2.0]), (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
     >>> grid(lambda w: (w**2).sum(), w, d, [-1.0, 0.0], [-2.0, 0.0, 1.0])
@@ -169,16 +169,16 @@ def grid(
     params = tree.detached(params, "grid")
     across, up = (_coordinates("grid", name, each, params) for name, each in (("xs", xs), ("ys", ys)))
 
-    def moved(x: Tensor, y: Tensor) -> P:
+    def point(x: Tensor, y: Tensor) -> P:
         return tree.add(tree.add(params, tree.scale(x, directions[0])), tree.scale(y, directions[1]))
 
     points = (across.repeat(len(up)), up.repeat_interleave(len(across)))
-    losses = _wide(_evaluated("grid", loss_fn, moved, points, batch, chunk_size, progress))
+    losses = _at_least_float32(_evaluate("grid", loss_fn, point, points, batch, chunk_size, progress))
     return losses.view(len(up), len(across))
 
 
 def line(
-    loss_fn: Callable[..., Any],
+    loss_fn: Loss,
     start: P,
     end: P,
     ts: Coordinates,
@@ -198,15 +198,15 @@ def line(
         ts: Places on the line; those outside of [0, 1] lie beyond the solutions.
         *batch: What `loss_fn` is called with.
         chunk_size: As in `grid`.
-        progress: Likewise.
+        progress: As in `grid`.
 
     Returns:
         The losses in float32 at least, shape `(len(ts),)`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the solutions differ in structure or shapes, coordinates are none, or the loss is not of shape
-            ().
+        ValueError: If the solutions differ in structure or shapes, there are no coordinates, or the loss is not of
+            shape ().
 
     >>> line(lambda w: w**2, torch.tensor(1.0), torch.tensor(3.0), [0.0, 0.5, 1.0])
     tensor([1., 4., 9.])
@@ -218,13 +218,13 @@ def line(
     start, end = tree.detached(start, "line"), tree.detached(end, "line")
     places = _coordinates("line", "ts", ts, start)
 
-    def between(t: Tensor) -> P:
+    def point(t: Tensor) -> P:
         return tree.add(tree.scale(1 - t, start), tree.scale(t, end))  # not start + t (end - start): exact at both ends
 
-    return _wide(_evaluated("line", loss_fn, between, (places,), batch, chunk_size, progress))
+    return _at_least_float32(_evaluate("line", loss_fn, point, (places,), batch, chunk_size, progress))
 
 
-def _wide(losses: Tensor) -> Tensor:
+def _at_least_float32(losses: Tensor) -> Tensor:
     return losses.to(torch.promote_types(losses.dtype, torch.float32))
 
 
@@ -237,13 +237,13 @@ def _coordinates(where: str, name: str, given: Coordinates, params: Params) -> T
             raise TypeError(f"{where}: `{name}` must hold real numbers, got {given.dtype}.")
         values = given.to(device, dtype)
     else:
-        values = torch.tensor(_numbers(where, name, given, dtype), dtype=dtype, device=device)
+        values = torch.tensor(_checked_numbers(where, name, given, dtype), dtype=dtype, device=device)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"{where}: `{name}` must have shape (n,) with n at least 1, got {tuple(values.shape)}.")
     return values
 
 
-def _numbers(where: str, name: str, given: Any, dtype: torch.dtype) -> list[Any]:
+def _checked_numbers(where: str, name: str, given: Coordinates, dtype: torch.dtype) -> list[float]:
     """Checks a sequence of numbers, which go straight to a dtype: with float32 in between 0.1 would be another one."""
     if not isinstance(given, Iterable):
         got = type(given).__name__
@@ -258,10 +258,10 @@ def _numbers(where: str, name: str, given: Any, dtype: torch.dtype) -> list[Any]
     return numbers
 
 
-def _evaluated(
+def _evaluate(
     where: str,
-    loss_fn: Callable[..., Any],
-    place: Callable[..., Any],
+    loss_fn: Loss,
+    place: Callable[..., Params],
     points: tuple[Tensor, ...],
     batch: tuple[object, ...],
     chunk_size: int,

@@ -361,7 +361,7 @@ MUTATIONS += [
     Mutation(
         "spread buffers come back stacked",
         "nn/copies.py",
-        "_marked(torch.where(always, buffer, buffer))",
+        "_with_lazy_mark(torch.where(always, buffer, buffer))",
         "torch.where(always, buffer, buffer)",
         ENSEMBLE,
     ),
@@ -430,8 +430,8 @@ MUTATIONS += [
     Mutation(
         "the tensors of the module do not come back",
         "nn/loss.py",
-        "place.store[place.key] = value\n\n    def _now",
-        "pass\n\n    def _now",
+        "place.store[place.key] = value\n\n    def _current_layout",
+        "pass\n\n    def _current_layout",
         NN,
     ),
     Mutation("buffers come out as they went in", "nn/loss.py", "return answer, buffers\n", "return answer, {}\n", NN),
@@ -606,8 +606,8 @@ MUTATIONS += [
     Mutation(
         "all members have one hyperparameter",
         "ensemble/step.py",
-        "transform = made(numbers)\n            transform.check_state",
-        "transform = made(member(hyper, 0))\n            transform.check_state",
+        "transform = make(numbers)\n            transform.check_state",
+        "transform = make(member(hyper, 0))\n            transform.check_state",
         ENSEMBLE,
     ),
     Mutation("logits are averaged", "ensemble/metrics.py", "F.log_softmax(logits, -1), 0", "logits, 0", ENSEMBLE),
@@ -652,14 +652,14 @@ MUTATIONS += [
     Mutation(
         "the base optimizer steps at the probe",
         "torch_optim/two_step.py",
-        "copy(self._values(), self._between.params)",
+        "copy(self._values(), self._saved_step.params)",
         "pass",
         FRONT,
     ),
     Mutation(
         "the second pass writes to the buffers",
         "torch_optim/two_step.py",
-        "copy([self._buffers()], [self._between.buffers])",
+        "copy([self._buffers()], [self._saved_step.buffers])",
         "pass",
         FRONT,
     ),
@@ -715,7 +715,7 @@ MUTATIONS += [
     Mutation(
         "a first pass that overflows is used",
         "torch_optim/two_step.py",
-        "between.finite is None or between.finite",
+        "saved.finite is None or saved.finite",
         "True",
         FRONT,
     ),
@@ -738,7 +738,7 @@ MUTATIONS += [
     ),
     Mutation(
         "a chain keeps the buffers of its probe",
-        "torch_optim/whole.py",
+        "torch_optim/optimizer.py",
         "copy([self._buffers()], [first[0]])",
         "pass",
         FRONT,
@@ -763,8 +763,8 @@ MUTATIONS += [
     Mutation(
         "aux stays local",
         "distributed/average.py",
-        "_Part(found, aux)",
-        '_Part(found, "local")',
+        "_Message(found, aux)",
+        '_Message(found, "local")',
         node("distributed", "buffers_are_averaged_taken_from_the_first_rank_or_kept[2]"),
     ),
     Mutation(
@@ -777,15 +777,15 @@ MUTATIONS += [
     Mutation(
         "params may differ",
         "distributed/average.py",
-        '_alike(params, _group("all_reduce_mean", group))',
+        '_check_equal(params, _group("all_reduce_mean", group))',
         "pass",
         node("distributed", "ranks_that_start_from_different_seeds_are_refused[2]"),
     ),
     Mutation(
         "states upstream stay local",
         "distributed/average.py",
-        '_Part(found.extra, "mean")',
-        '_Part(found.extra, "local")',
+        '_Message(found.extra, "mean")',
+        '_Message(found.extra, "local")',
         node("distributed", "states_upstream_are_averaged[2]"),
     ),
     Mutation(
@@ -816,7 +816,7 @@ MUTATIONS += [
     Mutation(
         "a loaded base optimizer is lost",
         "torch_optim/two_step.py",
-        "lambda base: _share(me())",
+        "lambda base: _share_state(me())",
         "lambda base: None",
         FRONT_END,
     ),
@@ -1373,13 +1373,17 @@ MUTATIONS += [
     ),
     Mutation(
         "a closure that fails leaves a chain at the probe",
-        "torch_optim/whole.py",
+        "torch_optim/optimizer.py",
         "        finally:\n            copy(values, params)\n",
         "        else:\n            copy(values, params)\n        finally:\n",
         FAILING,
     ),
     Mutation(
-        "a closure that fails leaves a chain's buffers", "torch_optim/whole.py", "first[:] = [buffers]", "pass", FAILING
+        "a closure that fails leaves a chain's buffers",
+        "torch_optim/optimizer.py",
+        "first[:] = [buffers]",
+        "pass",
+        FAILING,
     ),
     Mutation(
         "a closure that fails leaves params at the probe",
@@ -1414,14 +1418,14 @@ MUTATIONS += [
     ),
     Mutation(
         "gradients stay sparse in the front end",
-        "torch_optim/front.py",
+        "torch_optim/base.py",
         "p.grad.detach() if p.grad.layout is torch.strided else p.grad.detach().to_dense()",
         "p.grad.detach()",
         SPARSE_FRONT,
     ),
     Mutation(
         "gradients are present if all are",
-        "torch_optim/front.py",
+        "torch_optim/base.py",
         "any(p.grad is not None",
         "all(p.grad is not None",
         SPARSE_FRONT,

@@ -617,13 +617,13 @@ def test_checkpointing_is_not_differentiated_twice():
     params = {name: p.requires_grad_() for name, p in params.items()}
     evaluate, batch = fs.nn.loss_fn(model, loss), batches()[0]
     with (
-        evaluate.held(differentiated=True) as held,
+        evaluate.in_force(differentiated=True) as held,
         pytest.raises(RuntimeError, match="must not be differentiated twice"),
     ):
         held(params, buffers, *batch)
     plain = fs.nn.loss_fn(model.body, loss)
     params = {name.removeprefix("body."): p for name, p in params.items()}
-    with plain.held(differentiated=True) as held:
+    with plain.in_force(differentiated=True) as held:
         equal(held(params, buffers, *batch), plain(params, buffers, *batch))
 
 

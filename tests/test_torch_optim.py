@@ -465,7 +465,7 @@ def test_a_zero_gradient_gives_nan():
         optimizer = SAM([w], torch.optim.SGD, lr=0.1)
         for _ in range(2):
             (0.0 * w).sum().backward()
-            (optimizer.first_step if optimizer._between is None else optimizer.second_step)(zero_grad=True)
+            (optimizer.first_step if optimizer._saved_step is None else optimizer.second_step)(zero_grad=True)
         equal(w.detach(), torch.ones(2, dtype=dtype))
 
 

@@ -1,8 +1,8 @@
 """Averages over processes: where one stands in the chain says which SAM it is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -11,21 +11,23 @@ from torch import Tensor
 from funcsam.core import checks, levels, shards, tree
 from funcsam.core.records import factory
 from funcsam.core.transform import Carried, Transform
-from funcsam.core.types import Aux, P, PairedGradsFn, Params, State
+from funcsam.core.types import Aux, P, PairedGradsFn, Params, State, Tree
 
 if dist.is_available():  # some builds of torch are without
     import torch.distributed._functional_collectives  # registers the operators
     from torch.distributed.device_mesh import DeviceMesh
 
-Ranks = Any
-Group = Any
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Group: TypeAlias = "ProcessGroup | DeviceMesh | None"
 """A process group, a one-dimensional `DeviceMesh`, or `None` for all processes."""
 Rule = Literal["mean", "first", "local"]
 BUCKET = 2**25
 """Bytes of a bucket: DDP's 25 MB, rounded."""
 
 
-def _group(where: str, group: Group) -> Ranks:
+def _group(where: str, group: Group) -> "ProcessGroup":
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             f"{where}: torch.distributed must be initialised. Start the processes with torchrun and call "
@@ -33,10 +35,10 @@ def _group(where: str, group: Group) -> Ranks:
         )
     if isinstance(group, DeviceMesh):
         group = group.get_group()
-    return dist.group.WORLD if group is None else group
+    return dist.distributed_c10d._get_default_group() if group is None else group
 
 
-class _Part(NamedTuple):
+class _Message(NamedTuple):
     """A tree that travels.
 
     Attributes:
@@ -44,14 +46,14 @@ class _Part(NamedTuple):
         rule: What every rank is to have.
     """
 
-    tree: Any
+    tree: Tree
     rule: Rule
 
 
-def _buckets(kinds: Sequence[Any], leaves: Sequence[Tensor], limit: int) -> list[list[int]]:
+def _buckets(kinds: Sequence[Hashable], leaves: Sequence[Tensor], limit: int) -> list[list[int]]:
     """Lists the positions of leaves that travel together: of one kind, and up to a size."""
-    open_: dict[Any, list[int]] = {}
-    sizes: dict[Any, int] = {}
+    open_: dict[Hashable, list[int]] = {}
+    sizes: dict[Hashable, int] = {}
     buckets = []
     for position, (kind, leaf) in enumerate(zip(kinds, leaves, strict=True)):
         size = leaf.numel() * leaf.element_size()
@@ -63,39 +65,43 @@ def _buckets(kinds: Sequence[Any], leaves: Sequence[Tensor], limit: int) -> list
     return buckets
 
 
-def _exchanged(parts: Sequence[_Part], group: Ranks, limit: int) -> list[Any]:
+def _exchange(parts: Sequence[_Message], group: "ProcessGroup", limit: int) -> list[Tree]:
     """Averages trees, or takes those of the first rank, in the same buckets."""
     flat = [tree.flatten_any(part.tree) for part in parts]
     moving = [
         (n, k, part.rule)
         for n, part in enumerate(parts)
         for k, leaf in enumerate(flat[n][0])
-        if isinstance(leaf, Tensor) and _moves(leaf, part.rule)
+        if isinstance(leaf, Tensor) and _is_exchanged(leaf, part.rule)
     ]
     leaves = [flat[n][0][k] for n, k, _ in moving]
-    for (n, k, _), new in zip(moving, _sums(leaves, [rule for *_, rule in moving], group, limit), strict=True):
+    for (n, k, _), new in zip(
+        moving, _exchange_leaves(leaves, [rule for *_, rule in moving], group, limit), strict=True
+    ):
         flat[n][0][k] = new
     return [tree.unflatten(spec, own, part.tree) for part, (own, spec) in zip(parts, flat, strict=True)]
 
 
-def _moves(leaf: Tensor, rule: Rule) -> bool:
+def _is_exchanged(leaf: Tensor, rule: Rule) -> bool:
     return rule == "first" or (rule == "mean" and (leaf.is_floating_point() or leaf.is_complex()))
 
 
-def _sums(leaves: Sequence[Tensor], rules: Sequence[Rule], group: Ranks, limit: int) -> list[Tensor]:
+def _exchange_leaves(
+    leaves: Sequence[Tensor], rules: Sequence[Rule], group: "ProcessGroup", limit: int
+) -> list[Tensor]:
     """Exchanges leaves by their rules; every bucket is under way before the first is waited for."""
     kinds = [(leaf.dtype, leaf.device, rule) for leaf, rule in zip(leaves, rules, strict=True)]
     buckets = _buckets(kinds, leaves, limit)
-    moving = [_sent([leaves[k] for k in bucket], rules[bucket[0]], group) for bucket in buckets]
+    moving = [_start([leaves[k] for k in bucket], rules[bucket[0]], group) for bucket in buckets]
     total: list[Tensor] = list(leaves)
     for bucket, sent in zip(buckets, moving, strict=True):
-        parts = torch.split(_arrived(sent), [leaves[k].numel() for k in bucket])
+        parts = torch.split(_wait(sent), [leaves[k].numel() for k in bucket])
         for k, part in zip(bucket, parts, strict=True):
             total[k] = part.view(leaves[k].shape).to(leaves[k].dtype)
     return total
 
 
-def _sent(leaves: Sequence[Tensor], rule: Rule, group: Ranks) -> Tensor:
+def _start(leaves: Sequence[Tensor], rule: Rule, group: "ProcessGroup") -> Tensor:
     """Sends a bucket off. Under the compiler, torch's own wrapper would wait for it on the spot."""
     bucket = torch.cat([leaf.reshape(-1) for leaf in leaves])
     if rule == "mean":
@@ -107,16 +113,16 @@ def _sent(leaves: Sequence[Tensor], rule: Rule, group: Ranks) -> Tensor:
     return sent
 
 
-def _arrived(sent: Tensor) -> Tensor:
+def _wait(sent: Tensor) -> Tensor:
     """Waits for a message; if it does not come, says so in words that name the cause."""
     if torch.compiler.is_compiling():
         return torch.ops._c10d_functional.wait_tensor(sent)  # type: ignore[no-any-return]
-    with _together():
+    with _naming_the_cause():
         return torch.ops._c10d_functional.wait_tensor(sent)  # type: ignore[no-any-return]
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _naming_the_cause() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -146,7 +152,7 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
 
     Args:
         group: A process group, a one-dimensional `DeviceMesh`, or `None` for all processes.
-        aux: What becomes of the `aux` of the loss (its value, buffers): `"mean"` averages floating-point leaves,
+        aux: How the `aux` of the loss (its value, buffers) is combined: `"mean"` averages floating-point leaves,
             `"first"` takes those of the first rank, `"local"` leaves to each rank its own.
         bucket_bytes: Size of a bucket.
 
@@ -158,12 +164,11 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
     References:
         Foret et al., 2021, section 3 and footnote 5: one ascent per accelerator.
     """
-    if aux not in ("mean", "first", "local"):
-        raise ValueError(f'all_reduce_mean: `aux` must be "mean", "first" or "local", got {aux!r}.')
+    checks.choice("all_reduce_mean", ("mean", "first", "local"), aux=aux)
     checks.count("all_reduce_mean", bucket_bytes=bucket_bytes)
 
     def init(params: Params) -> State:
-        _alike(params, _group("all_reduce_mean", group))
+        _check_equal(params, _group("all_reduce_mean", group))
         return ()
 
     def update(params: P, grads_fn: PairedGradsFn, state: State, *batch: object) -> tuple[P, State, Aux]:
@@ -173,12 +178,12 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
                 "Put it outside of them."
             )
         grads, found = grads_fn(params, *batch)
-        parts = [_Part(grads, "mean")]
+        parts = [_Message(grads, "mean")]
         while isinstance(found, Carried):
-            parts.append(_Part(found.extra, "mean"))
+            parts.append(_Message(found.extra, "mean"))
             found = found.aux
-        parts.append(_Part(found, aux))
-        grads, *states, found = _exchanged(parts, _group("all_reduce_mean", group), bucket_bytes)
+        parts.append(_Message(found, aux))
+        grads, *states, found = _exchange(parts, _group("all_reduce_mean", group), bucket_bytes)
         for each in reversed(states):
             found = Carried(each, found)
         return grads, state, found
@@ -186,7 +191,7 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
     return Transform(init, update, ())
 
 
-def _alike(params: Params, group: Ranks) -> None:
+def _check_equal(params: Params, group: "ProcessGroup") -> None:
     for path, leaf in zip(checks.paths(params), tree.flatten(params)[0], strict=True):
         if shards.sharded(leaf):
             raise TypeError(
@@ -200,7 +205,7 @@ def _alike(params: Params, group: Ranks) -> None:
     wide = [leaf.to(levels.widest(leaf.device)) for leaf in own]
     mine = torch.stack([part for leaf in wide for part in (leaf.sum(), leaf.square().sum())])
     theirs = [torch.empty_like(mine) for _ in range(group.size())]
-    with _together():
+    with _naming_the_cause():
         dist.all_gather(theirs, mine, group=group)
     for rank, other in enumerate(theirs):
         if not torch.equal(other.nan_to_num(), theirs[0].nan_to_num()):
@@ -217,7 +222,7 @@ def mean(x: P, group: Group = None) -> P:
         x: A tree of tensors, of the same structure and shapes on every rank. Leaves that are not floating-point stay.
         group: As in `all_reduce_mean`.
     """
-    return _alone(x, "mean", _group("mean", group))
+    return _exchange_one(x, "mean", _group("mean", group))
 
 
 def broadcast(x: P, group: Group = None) -> P:
@@ -227,9 +232,9 @@ def broadcast(x: P, group: Group = None) -> P:
         x: A tree of tensors, params and buffers at the start of a run, of the same structure and shapes on every rank.
         group: As in `all_reduce_mean`.
     """
-    return _alone(x, "first", _group("broadcast", group))
+    return _exchange_one(x, "first", _group("broadcast", group))
 
 
-def _alone(x: P, rule: Rule, group: Ranks) -> P:
-    (new,) = _exchanged([_Part(x, rule)], group, BUCKET)
+def _exchange_one(x: P, rule: Rule, group: "ProcessGroup") -> P:
+    (new,) = _exchange([_Message(x, rule)], group, BUCKET)
     return cast(P, new)

@@ -3,18 +3,17 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcsam.core import checks, tree
-from funcsam.core.types import P
+from funcsam.core.types import P, Tree
 
 Folder = str | os.PathLike[str]
 
 
-def save(folder: Folder, x: Any) -> None:
+def save(folder: Folder, x: Tree) -> None:
     """Writes a tree with `torch.distributed.checkpoint`; every rank writes its shards. All ranks must call it.
 
     Leaves that are not DTensors must be alike on every rank; one of them writes. A checkpoint is never replaced, as a
@@ -59,7 +58,7 @@ def load(folder: Folder, like: P) -> P:
     return tree.unflatten(tree.flatten(like)[1], wanted.values(), like)
 
 
-def _named(x: Any) -> dict[str, Tensor]:
+def _named(x: Tree) -> dict[str, Tensor]:
     names = [path or "the root" for path in checks.paths(x)]
     return dict(zip(names, tree.flatten(x)[0], strict=True))
 
@@ -79,7 +78,7 @@ def _called(name: str, leaves: dict[str, Tensor], folder: Folder) -> None:
 def _shapes(folder: Folder) -> dict[str, tuple[int, ...]]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    saved: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     return {name: tuple(leaf.size) if hasattr(leaf, "size") else () for name, leaf in saved.items()}
 
 

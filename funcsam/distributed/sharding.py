@@ -1,6 +1,6 @@
 """Params that no process holds whole."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -9,6 +9,7 @@ from funcsam.core.types import P
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
 
 
 def shard(params: P, mesh: "DeviceMesh") -> P:
@@ -25,7 +26,7 @@ def shard(params: P, mesh: "DeviceMesh") -> P:
     """
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    copies: list[Any] = [Replicate()] * (mesh.ndim - 1)
+    copies: list[Placement] = [Replicate()] * (mesh.ndim - 1)
 
     def spread(leaf: Tensor) -> Tensor:
         return distribute_tensor(leaf, mesh, [*copies, Shard(0) if leaf.ndim else Replicate()])
@@ -58,7 +59,7 @@ def gather(params: P) -> P:
     return tree.unflatten(spec, [_whole(leaf) if shards.sharded(leaf) else leaf for leaf in leaves], params)
 
 
-def _whole(leaf: Any) -> Tensor:
+def _whole(leaf: "DTensor") -> Tensor:
     from torch.distributed.tensor import Partial, Replicate
 
     dims = leaf.device_mesh.ndim

@@ -1,7 +1,6 @@
 """Stacked trees: one entry per member along the first axis."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import optree
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from funcsam import nn as modules
 from funcsam.core import checks, tree
-from funcsam.core.types import P
+from funcsam.core.types import P, Tree
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -88,7 +87,7 @@ def member(stacked: P, index: int) -> P:
     return tree.unflatten(spec, [leaf[index].clone() for leaf in leaves], stacked)
 
 
-def size(stacked: Any, where: str = "size", what: str = "stacked") -> int:
+def size(stacked: Tree, where: str = "size", what: str = "stacked") -> int:
     """Returns the number of members.
 
     Raises:

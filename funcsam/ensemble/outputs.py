@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +11,28 @@ from torch.utils import _pytree as pytree
 
 from funcsam import nn as modules
 from funcsam.core import checks, levels
-from funcsam.core.types import InDims, Params
+from funcsam.core.types import InDims, Params, Tree
 from funcsam.ensemble.members import size, stack
 from funcsam.ensemble.step import one_by_one
 
+Put: TypeAlias = Callable[[Iterator[Tensor]], Tree]
+"""Puts tensors, in order, into the places of those of an output."""
+
 
 def predict(
-    model: nn.Module, params: Params, buffers: Any, *inputs: Any, in_dims: InDims = None, chunk_size: int | None = None
-) -> Any:
+    model: nn.Module,
+    params: Params,
+    buffers: Params,
+    *inputs: object,
+    in_dims: InDims = None,
+    chunk_size: int | None = None,
+) -> Tree:
     """Returns the outputs of all members in evaluation mode, shape `(members, ...)`.
 
     Args:
         model: The module of one member.
         params: Stacked, as `init` returns them.
-        buffers: Likewise.
+        buffers: Stacked, as `init` returns them.
         *inputs: What the module is called with.
         in_dims: The axis of the members for each input, as in `torch.vmap`; `None` for inputs that they share.
         chunk_size: How many members are computed at once; `None` takes all, 1 takes them in a plain loop.
@@ -41,9 +49,9 @@ def predict(
     if chunk_size is not None:
         checks.count("predict", chunk_size=chunk_size)
     dims = (0, 0, *(in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(inputs)))
-    seen: list[Callable[[Iterator[Tensor]], Any]] = []
+    seen: list[Put] = []
 
-    def one(params: Params, buffers: Any, *inputs: Any) -> list[Tensor]:
+    def one(params: Params, buffers: Params, *inputs: object) -> list[Tensor]:
         tensors, put = _outputs(modules.predict(model, params, buffers, *inputs))
         seen.append(put)
         return tensors
@@ -57,7 +65,7 @@ def predict(
     return seen[0](iter(tensors))
 
 
-def _outputs(output: Any) -> tuple[list[Tensor], Callable[[Iterator[Tensor]], Any]]:
+def _outputs(output: Tree) -> tuple[list[Tensor], Put]:
     """Lists the tensors in what a module returns, with a function that puts others in their place.
 
     Neither `vmap` nor optree knows the outputs of all modules, such as those with `None` in the place of a tensor.
@@ -73,7 +81,7 @@ def _outputs(output: Any) -> tuple[list[Tensor], Callable[[Iterator[Tensor]], An
     )
 
 
-def _single(output: Any) -> tuple[list[Tensor], Callable[[Iterator[Tensor]], Any]]:
+def _single(output: Tree) -> tuple[list[Tensor], Put]:
     if output is None:
         return [], lambda rest: None
     if not dataclasses.is_dataclass(output):
@@ -83,7 +91,7 @@ def _single(output: Any) -> tuple[list[Tensor], Callable[[Iterator[Tensor]], Any
         )
     tensors, put = _outputs({field.name: getattr(output, field.name) for field in dataclasses.fields(output)})
 
-    def filled(rest: Iterator[Tensor]) -> Any:
+    def filled(rest: Iterator[Tensor]) -> Tree:
         new = copy.copy(output)
         for name, value in put(rest).items():
             object.__setattr__(new, name, value)  # which a frozen dataclass takes, too

@@ -1,7 +1,7 @@
 """One step of many models at once."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 import optree
 import torch
@@ -14,13 +14,14 @@ from funcsam.core.transform import Transform, misfit
 from funcsam.core.types import Aux, InDims, P, PairedGradsFn, Params, State, Tree
 from funcsam.ensemble.members import size, stack
 
+T = TypeVar("T")
 Randomness = Literal["same", "different", "error"]
 
 
 @factory
 def vectorize(
     tx: Transform | Callable[..., Transform],
-    hyper: Mapping[str, Any] | None = None,
+    hyper: Mapping[str, Tree] | None = None,
     in_dims: InDims = 0,
     chunk_size: int | None = None,
     randomness: Randomness = "different",
@@ -62,12 +63,11 @@ def vectorize(
         size(dict(hyper), "vectorize", "hyper")
     if chunk_size is not None:
         checks.count("vectorize", chunk_size=chunk_size)
-    if randomness not in ("same", "different", "error"):
-        raise ValueError(f'vectorize: `randomness` must be "same", "different" or "error", got {randomness!r}.')
+    checks.choice("vectorize", ("same", "different", "error"), randomness=randomness)
     numbers = dict(hyper or {})
-    across: dict[str, Any] = {"chunk_size": chunk_size, "randomness": randomness}
+    options: dict[str, Tree] = {"chunk_size": chunk_size, "randomness": randomness}
 
-    def made(numbers: dict[str, Any]) -> Transform:
+    def make(numbers: dict[str, Tree]) -> Transform:
         transform = tx if isinstance(tx, Transform) else tx(**numbers)
         if not isinstance(transform, Transform):
             raise TypeError(f"vectorize: `tx` must return a Transform, got {type(transform).__name__}.")
@@ -78,7 +78,7 @@ def vectorize(
 
     def start(params: Params) -> State:
         members(params)
-        state = torch.vmap(lambda numbers, params: made(numbers).init_unchecked(params), **across)(numbers, params)
+        state = torch.vmap(lambda numbers, params: make(numbers).init_unchecked(params), **options)(numbers, params)
         # What does not depend on the params comes out as one entry seen many times; a compiled step would be traced
         # again once it is written out.
         return optree.tree_map(lambda leaf: leaf.contiguous(), state)
@@ -90,35 +90,35 @@ def vectorize(
             got = f"{len(in_dims)} for {len(batch)}"
             raise ValueError(f"vectorize: `in_dims` must have one entry per argument of the batch, got {got}.")
 
-        def one(numbers: Any, params: P, state: State, *batch: object) -> tuple[P, State, Aux]:
-            transform = made(numbers)
+        def one(numbers: dict[str, Tree], params: P, state: State, *batch: object) -> tuple[P, State, Aux]:
+            transform = make(numbers)
             transform.check_state(state)
             return transform.update_unchecked(params, grads_fn, state, *batch)
 
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(batch)
         given, axes = (numbers, params, state, *batch), (0, 0, 0, *dims)
-        shared = _shared(batch, dims)
+        shared = _shared_tensors(batch, dims)
         if chunk_size == 1 and randomness != "same":
             answers = one_by_one("vectorize", one, given, axes)
             updates, new = stack([answer[:2] for answer in answers])
-            return updates, new, _joined([answer[2] for answer in answers], shared)
+            return updates, new, _stack_aux([answer[2] for answer in answers], shared)
         if not shared:
             with levels.batching():
-                answer: tuple[P, State, Aux] = torch.vmap(one, in_dims=axes, **across)(*given)
+                answer: tuple[P, State, Aux] = torch.vmap(one, in_dims=axes, **options)(*given)
             return answer
-        seen: list[Any] = []
+        seen: list[tuple[optree.PyTreeSpec, list[Tensor | None]]] = []
 
-        def apart(*given: Any) -> Any:
+        def without_shared(*given: Tree) -> tuple[P, State, list[Tensor]]:
             updates, new, aux = one(*given)
             leaves, spec = tree.flatten_any(aux)
-            kept = [shared.get(_address(leaf)) for leaf in leaves]
+            kept = [shared.get(_memory_of(leaf)) for leaf in leaves]
             seen.append((spec, kept))
             return updates, new, [leaf for leaf, same in zip(leaves, kept, strict=True) if same is None]
 
         with levels.batching():
-            updates, new, moving = torch.vmap(apart, in_dims=axes, **across)(*given)
+            updates, new, moving = torch.vmap(without_shared, in_dims=axes, **options)(*given)
         spec, kept = seen[0]
-        return updates, new, optree.tree_unflatten(spec, _filled(kept, moving))
+        return updates, new, optree.tree_unflatten(spec, _put_back(kept, moving))
 
     return Transform(start, update, object)
 
@@ -133,7 +133,7 @@ def _check_stacked(params: Params, state: State) -> None:
         )
 
 
-def one_by_one(where: str, one: Callable[..., Any], given: tuple[Any, ...], in_dims: tuple[Any, ...]) -> list[Any]:
+def one_by_one(where: str, one: Callable[..., T], given: tuple[Tree, ...], in_dims: tuple[InDims, ...]) -> list[T]:
     """Does what `vmap` does, one member after the other."""
     whole = taken_apart(where, given, in_dims)
     pairs = list(zip(whole.leaves, whole.axes, strict=True))
@@ -144,12 +144,12 @@ def one_by_one(where: str, one: Callable[..., Any], given: tuple[Any, ...], in_d
     return answers
 
 
-def _shared(batch: tuple[Tree, ...], dims: tuple[Tree, ...]) -> dict[Any, Tensor]:
+def _shared_tensors(batch: tuple[Tree, ...], dims: tuple[Tree, ...]) -> dict[Hashable, Tensor]:
     """Lists the tensors that the members share; what comes out as it went in stays one tensor.
 
     None under the compiler, where all that comes out of a module is new.
     """
-    shared: dict[Any, Tensor] = {}
+    shared: dict[Hashable, Tensor] = {}
     if torch.compiler.is_compiling():
         return shared
     for argument, dim in zip(batch, dims, strict=True):
@@ -161,11 +161,11 @@ def _shared(batch: tuple[Tree, ...], dims: tuple[Tree, ...]) -> dict[Any, Tensor
         except ValueError as error:
             raise ValueError(f"vectorize: `in_dims` must fit the batch, got {dims}: {error}") from None
         pairs = zip(leaves, axes, strict=True)
-        shared |= {_address(leaf): leaf for leaf, axis in pairs if axis is None and isinstance(leaf, Tensor)}
+        shared |= {_memory_of(leaf): leaf for leaf, axis in pairs if axis is None and isinstance(leaf, Tensor)}
     return shared
 
 
-def _address(x: Any) -> Any:
+def _memory_of(x: Tree) -> Hashable:
     """Returns what two tensors have in common if they are views of the same memory, such as `x` and `x.detach()`."""
     wrapped = type(x) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x)
     if wrapped or x.layout is not torch.strided:
@@ -174,19 +174,19 @@ def _address(x: Any) -> Any:
     return *place, x.shape, x.stride(), x.dtype, x.is_conj(), x.is_neg()
 
 
-def _filled(kept: list[Tensor | None], moving: Sequence[Any]) -> list[Any]:
+def _put_back(kept: list[Tensor | None], moving: Sequence[Tree]) -> list[Tree]:
     rest = iter(moving)
     return [next(rest) if same is None else same for same in kept]
 
 
-def _joined(auxes: list[Any], shared: dict[Any, Tensor]) -> Any:
+def _stack_aux(auxes: list[Aux], shared: dict[Hashable, Tensor]) -> Aux:
     """Stacks the `aux` of all members, but for what they share."""
     if not shared:
         return stack(auxes)
     for k, aux in enumerate(auxes):
         checks.same("vectorize", f"aux of member {k}", aux, auxes[0], "aux of member 0")
     rows = [tree.flatten(aux)[0] for aux in auxes]
-    found = [{_address(leaf) for leaf in column} for column in zip(*rows, strict=True)]
+    found = [{_memory_of(leaf) for leaf in column} for column in zip(*rows, strict=True)]
     kept = [shared.get(next(iter(each))) if len(each) == 1 else None for each in found]
     moving = stack([[leaf for leaf, same in zip(row, kept, strict=True) if same is None] for row in rows])
-    return tree.unflatten(tree.flatten(auxes[0])[1], _filled(kept, moving), auxes[0])
+    return tree.unflatten(tree.flatten(auxes[0])[1], _put_back(kept, moving), auxes[0])

@@ -47,7 +47,7 @@ def average_case_sharpness(
         `(mean, standard_error)`, tensors of shape ().
 
     Raises:
-        TypeError: If `loss_fn` does not return a real tensor of shape (), or a number is none.
+        TypeError: If `loss_fn` does not return a real tensor of shape (), or a number is something else.
         ValueError: If a number is out of range, or `eta` or `mask` comes without `adaptive`.
 
     With `L = w^2 / 2` a deviation of 0.1 gives 0.005:

@@ -13,7 +13,7 @@ from funcsam.core.transform import saveable
 from funcsam.core.types import P, Params
 from funcsam.measures.support import Estimate, Loss, checked, estimate, generator, rademacher
 
-Product = Callable[[Any], Any]
+Product = Callable[[Params], Params]
 
 
 @saveable
@@ -30,7 +30,7 @@ class Eigenpairs(NamedTuple, Generic[P]):
     vectors: P
 
 
-def _product(where: str, loss_fn: Loss, params: Params, batch: tuple[object, ...]) -> tuple[Product, Any]:
+def _product(where: str, loss_fn: Loss, params: Params, batch: tuple[object, ...]) -> tuple[Product, Params]:
     """Returns the function `v -> H v` of trees of reals, and the params as such a tree.
 
     Reverse mode over reverse mode: the gradient is taken once, and each product is a backward pass through it. Forward
@@ -44,7 +44,7 @@ def _product(where: str, loss_fn: Loss, params: Params, batch: tuple[object, ...
     grads_fn = grad_and_value(lambda real: loss(tree.like_views(real, params), *batch), backend="func")
     backward = torch.func.vjp(lambda real: grads_fn(real)[0], real)[1]
 
-    def product(v: Any) -> Any:
+    def product(v: Params) -> Params:
         # Under `vmap` some backward passes write into what comes in, which must then be batched as the params are.
         return backward(tree.map(lambda a, w: torch.where(w == w, a, a), v, real))[0]
 
@@ -159,18 +159,18 @@ class _NotDifferentiable(torch.autograd.Function):
     """Hands eigenvectors on, and refuses to differentiate them."""
 
     @staticmethod
-    def forward(ctx: Any, vector: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: object, vector: Tensor, values: Tensor) -> Tensor:
         return vector.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: object, *grads: Tensor) -> None:
         raise RuntimeError(
             "hessian_eigenpairs: `vectors` must not be differentiated, got a backward pass through them. "
             "Detach them; the values can be differentiated."
         )
 
 
-def _dot(x: Any, y: Any, real: Any) -> Tensor:
+def _dot(x: Params, y: Params, real: Params) -> Tensor:
     dtype = tree.real_dtype(real)
     sums = [torch.sum(a * b, dtype=dtype) for a, b in zip(tree.flatten(x)[0], tree.flatten(y)[0], strict=True)]
     return (
@@ -180,7 +180,7 @@ def _dot(x: Any, y: Any, real: Any) -> Tensor:
     )
 
 
-def _flat(x: Any) -> Tensor:
+def _flat(x: Params) -> Tensor:
     """Returns one vector in float64 on the CPU, where SciPy works."""
     return torch.cat([leaf.detach().reshape(-1).cpu().double() for leaf in optree.tree_leaves(x)])
 

@@ -1,7 +1,6 @@
 """Worst-case sharpness: how far the loss rises in a ball around the params."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +78,7 @@ def worst_case_sharpness(
         rounding. A zero gradient gives zero, NaN stays NaN.
 
     Raises:
-        TypeError: If `loss_fn` does not return a real tensor of shape (), or a number is none.
+        TypeError: If `loss_fn` does not return a real tensor of shape (), or a number is something else.
         ValueError: If a number is out of range, or `eta` or `mask` comes without `adaptive`.
 
     `L = w^2` rises from 1 at `w = 1` to 2.25 at 1.5:
@@ -147,10 +146,10 @@ def m_sharpness(
         m: Examples per slice. Where it does not divide the batch, slices are as even as they can be, of `m` at most,
             and weigh as much as they have examples.
         rho: As in `worst_case_sharpness`.
-        steps: Likewise.
-        adaptive: Likewise.
-        eta: Likewise.
-        mask: Likewise.
+        steps: As in `worst_case_sharpness`.
+        adaptive: As in `worst_case_sharpness`.
+        eta: As in `worst_case_sharpness`.
+        mask: As in `worst_case_sharpness`.
         in_dims: The axis of the examples for each argument of the batch, as in `microbatch`.
         chunk_size: How many slices are computed at once by `vmap`; `None` takes all, 1 takes them in a plain loop.
 
@@ -159,7 +158,8 @@ def m_sharpness(
 
     Raises:
         TypeError: As `worst_case_sharpness`, or if what is to be sliced is not a tensor.
-        ValueError: Likewise, or if `m` exceeds the number of examples, or `in_dims` does not fit the batch.
+        ValueError: As `worst_case_sharpness`, or if `m` exceeds the number of examples, or `in_dims` does not fit the
+            batch.
 
     Examples of opposite slopes 1 and -1 make a flat batch, and two steep slices:
 
@@ -178,7 +178,7 @@ def m_sharpness(
     if m > examples:
         raise ValueError(f"{where}: `m` must be at most the number of examples, got {m} for {examples}.")
 
-    def measure(nothing: Any, *part: Any) -> tuple[Any, Tensor]:
+    def measure(nothing: Params, *part: object) -> tuple[Params, Tensor]:
         """A grads_fn without params, whose aux is what `microbatch` averages."""
         return nothing, _rise(loss, params, part, rho, steps, near)
 

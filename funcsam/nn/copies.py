@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from funcsam.core import levels, tree
 from funcsam.nn.layout import Layout, Named
 
-_C: Any = torch._C
+_C: Any = torch._C  # what has no types
 
 
 def copy_all(layout: Layout, params: Named, buffers: Named, batch: tuple[object, ...]) -> Named:
@@ -20,7 +20,7 @@ def copy_all(layout: Layout, params: Named, buffers: Named, batch: tuple[object,
         return {name: lazy_copy(buffer) for name, buffer in buffers.items()}
     always = _always(params, buffers, batch)
     return {
-        name: _marked(torch.where(always, buffer, buffer)) if name in layout.buffers else lazy_copy(buffer)
+        name: _with_lazy_mark(torch.where(always, buffer, buffer)) if name in layout.buffers else lazy_copy(buffer)
         for name, buffer in buffers.items()
     }
 
@@ -31,12 +31,12 @@ def lazy_copy(x: Tensor) -> Tensor:
         return x.clone()
     own, batched = (x, False) if levels.eager() else innermost(x)
     if batched:  # the rule of `vmap` for lazy copies is a loop
-        return _marked(x.clone())
+        return _with_lazy_mark(x.clone())
     lazy = _lazy(x, own)
     return x.clone() if lazy is None else lazy
 
 
-def _marked(x: Tensor) -> Tensor:
+def _with_lazy_mark(x: Tensor) -> Tensor:
     """Returns a tensor whose first write will show, as it does for what `lazy_copy` returns."""
     if not torch.compiler.is_compiling():
         own = innermost(x)[0]

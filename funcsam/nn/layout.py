@@ -3,11 +3,13 @@
 import operator
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from funcsam.core.types import Tree
 
 Named = dict[str, Tensor]
 
@@ -31,10 +33,10 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class Place(NamedTuple):
-    """Where a module keeps a tensor: under a name of `_Loss`, which is a key of a dict of one of its modules."""
+    """Where a module keeps a tensor: a name within `_ModelAndLoss`, and a key of a dict of one of its modules."""
 
     path: str
-    store: dict[str, Any]
+    store: dict[str, Tree]
     key: str
 
 
@@ -65,13 +67,13 @@ class Contents:
     def __init__(self, model: nn.Module) -> None:
         # A scripted module keeps nothing in dicts, and stays as it is.
         modules = [each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)]
-        stores: list[dict[str, Any]] = [
+        stores: list[dict[str, Tree]] = [
             store for each in modules for store in (each._modules, each._parameters, each._buffers)
         ]
         self.full, self.empty = [store for store in stores if store], [store for store in stores if not store]
         self.sizes, self.keys, self.values = self._read()
 
-    def _read(self) -> tuple[list[int], list[str], list[Any]]:
+    def _read(self) -> tuple[list[int], list[str], list[object]]:
         values = chain.from_iterable(map(dict.values, self.full))
         return list(map(len, self.full)), list(chain.from_iterable(self.full)), list(values)
 

@@ -1,8 +1,8 @@
 """The loss of a module as a pure function."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,30 +11,37 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from funcsam.core import checks, levels, tree
+from funcsam.core.types import Aux, Tree
 from funcsam.nn.copies import copy_all, innermost, is_lazy, lazy_copy, mark
 from funcsam.nn.layout import Contents, Layout, Named, Place, check, initialised
 
 _NOTHING = contextlib.nullcontext()
 
-Loss = Callable[..., Any]
+ModelLoss: TypeAlias = Callable[..., Tensor | tuple[Tensor, Aux]]
 """`loss(model, *batch)` returns the loss of a module, a tensor of shape (), or with `has_aux` `(loss, aux)`."""
 
 
-class _Loss(nn.Module):
-    """A module and what is made of it, as one module, so that the loss is computed while the tensors are in place."""
+class _ModelAndLoss(nn.Module):
+    """Wraps a model and its loss as one module, so that the loss is computed while the tensors are in place."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: ModelLoss) -> None:
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, *batch: object) -> Any:
+    def forward(self, *batch: object) -> Tensor | tuple[Tensor, Aux]:
         return self.loss(self.model, *batch)
 
 
 class _NoBatchNorm(TorchFunctionMode):
     """Refuses what torch gets wrong: its batching rule of batch normalisation loses a term of the second derivative."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Tree],
+        types: object,
+        args: Sequence[Tree] = (),
+        kwargs: Mapping[str, Tree] | None = None,
+    ) -> Tree:
         if func in (F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm):
             raise RuntimeError(
                 "loss_fn: batch normalisation must not be differentiated through `vmap`, got a hyper-gradient of "
@@ -46,7 +53,7 @@ class _NoBatchNorm(TorchFunctionMode):
 @contextlib.contextmanager
 def _no_hooks(message: str) -> Iterator[None]:
     """Refuses saved-tensor hooks that are set inside; those around it stay: they run all of the evaluation again."""
-    autograd: Any = torch._C._autograd
+    autograd = torch._C._autograd
     autograd._saved_tensors_hooks_disable(message, False)
     try:
         yield
@@ -65,18 +72,18 @@ def _hooks_would_differ(params: Named, buffers: Named, batch: tuple[object, ...]
 class ModuleLoss:
     """What `loss_fn` returns."""
 
-    def __init__(self, model: nn.Module, loss: Loss, has_aux: bool) -> None:
+    def __init__(self, model: nn.Module, loss: ModelLoss, has_aux: bool) -> None:
         self.model, self.loss, self.has_aux = model, loss, has_aux
-        self._whole = _Loss(model, loss)
+        self._model_and_loss = _ModelAndLoss(model, loss)
         self._contents, self._layout = Contents(model), Layout(model)
 
-    def __call__(self, params: Named, buffers: Named, *batch: object) -> tuple[Tensor, Any]:
+    def __call__(self, params: Named, buffers: Named, *batch: object) -> tuple[Tensor, Aux]:
         """Returns `(loss, buffers)`, or with `has_aux` `(loss, (buffers, aux))`.
 
         What the module wrote to comes back as a new tensor, what it did not as the tensor that was given.
         """
         if not torch.compiler.is_compiling():
-            with self.held(again=False) as evaluate:
+            with self.in_force(again=False) as evaluate:
                 return evaluate(params, buffers, *batch)
         layout = Layout(self.model)
         check(layout, params, buffers)
@@ -85,11 +92,11 @@ class ModuleLoss:
         values |= {name: own[name].detach() for name in layout.places if name not in values}
         places = {place.path: value for name, value in values.items() for place in layout.places[name]}
         with levels.uncached() if parametrize._cache_enabled else contextlib.nullcontext():
-            answer = torch.func.functional_call(self._whole, places, batch, tie_weights=False)
+            answer = torch.func.functional_call(self._model_and_loss, places, batch, tie_weights=False)
         return self._answer(answer, {name: places[layout.places[name][0].path] for name in buffers})
 
     @contextlib.contextmanager
-    def held(self, again: bool = True, differentiated: bool = False) -> Iterator[Callable[..., tuple[Tensor, Any]]]:
+    def in_force(self, again: bool = True, differentiated: bool = False) -> Iterator[Callable[..., tuple[Tensor, Aux]]]:
         """Gives the same function for code that is not compiled, and leaves the tensors in the module until the end.
 
         Args:
@@ -100,8 +107,8 @@ class ModuleLoss:
         Raises:
             RuntimeError: On a call, if parts of the module would run again after the end.
         """
-        before: list[tuple[Place, Any]] = []
-        layout = self._now()
+        before: list[tuple[Place, Tree]] = []
+        layout = self._current_layout()
 
         def put(values: Mapping[str, Tensor]) -> None:
             for name, value in values.items():
@@ -109,7 +116,7 @@ class ModuleLoss:
                     before.append((place, place.store[place.key]))
                     place.store[place.key] = value
 
-        def evaluate(params: Named, buffers: Named, *batch: object) -> tuple[Tensor, Any]:
+        def evaluate(params: Named, buffers: Named, *batch: object) -> tuple[Tensor, Aux]:
             eager = levels.eager()
             check(layout, params, buffers)
             copies = copy_all(layout, params, buffers, batch)
@@ -144,13 +151,13 @@ class ModuleLoss:
             for place, value in reversed(before):
                 place.store[place.key] = value
 
-    def _now(self) -> Layout:
+    def _current_layout(self) -> Layout:
         """Returns the layout of the module as it is now: parts of it may have been replaced since the last call."""
         if self._contents.changed():
             self._contents, self._layout = Contents(self.model), Layout(self.model)
         return self._layout
 
-    def _answer(self, answer: Any, buffers: Named) -> tuple[Tensor, Any]:
+    def _answer(self, answer: Tree, buffers: Named) -> tuple[Tensor, Aux]:
         if not self.has_aux:
             return answer, buffers
         if not (isinstance(answer, tuple) and len(answer) == 2):
@@ -170,7 +177,7 @@ _DIFFERENTIATED = (
 )
 
 
-def loss_fn(model: nn.Module, loss: Loss, has_aux: bool = False) -> ModuleLoss:
+def loss_fn(model: nn.Module, loss: ModelLoss, has_aux: bool = False) -> ModuleLoss:
     """Makes the loss of a module a pure function, `loss_fn(params, buffers, *batch) -> (loss, buffers)`.
 
     Nothing in the module changes: it is evaluated with the given tensors in the place of its own, and what it writes to
@@ -211,7 +218,7 @@ def loss_fn(model: nn.Module, loss: Loss, has_aux: bool = False) -> ModuleLoss:
     return ModuleLoss(model, loss, has_aux)
 
 
-def predict(model: nn.Module, params: Named, buffers: Named, *inputs: Any) -> Any:
+def predict(model: nn.Module, params: Named, buffers: Named, *inputs: object) -> Tree:
     """Returns the output of a module in evaluation mode, with the given tensors in the place of its own.
 
     Dropout is off and normalisation uses its running statistics; the mode the module is in, its tensors and the given

@@ -15,7 +15,7 @@ def split(model: nn.Module) -> tuple[Named, Named]:
     """Splits a module into what is trained and what is not, by name.
 
     A tensor that has several names (tied weights, shared submodules) is listed under the first. The trees are copies:
-    the module does not see what becomes of them. To train LoRA factors, freeze the base (`base.requires_grad_(False)`)
+    the module does not see what is done to them. To train LoRA factors, freeze the base (`base.requires_grad_(False)`)
     before: the factors are then the params, and the base lies in the buffers, which a step does not copy.
 
     Args:

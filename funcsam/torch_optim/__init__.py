@@ -11,7 +11,7 @@
 There is no mathematics here: the ascent is a chain of transforms, and the descent is the base optimizer's.
 """
 
+from funcsam.torch_optim.optimizer import Optimizer
 from funcsam.torch_optim.two_step import SAM, SharpnessAware
-from funcsam.torch_optim.whole import Optimizer
 
 __all__ = ["SAM", "Optimizer", "SharpnessAware"]

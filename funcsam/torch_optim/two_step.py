@@ -2,22 +2,22 @@
 
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from funcsam.core import checks, tree
 from funcsam.core.transform import Transform
-from funcsam.core.types import State
+from funcsam.core.types import State, Tree
 from funcsam.family.sam import adaptive_ascent, plain_ascent
 from funcsam.family.sharpness_aware import Combine, check_ascent
-from funcsam.torch_optim.front import KEY, Closure, Front, Groups, add, clones, copy
+from funcsam.torch_optim.base import KEY, Closure, Groups, TreeOptimizer, add, clones, copy
 
 FirstPass = Literal["auto", "closure", "gradients"]
 
 
-class _Between(NamedTuple):
+class _SavedStep(NamedTuple):
     """What must come back after the second pass.
 
     Attributes:
@@ -35,26 +35,26 @@ class _Between(NamedTuple):
     finite: Tensor | None
 
 
-def _share(optimizer: "SharpnessAware | None") -> None:
+def _share_state(optimizer: "SharpnessAware | None") -> None:
     if optimizer is not None:
-        optimizer._share()
+        optimizer._share_state()
 
 
-class _Second:
+class _SecondStep:
     """The second half of a step, as a `GradScaler` sees an optimizer."""
 
     def __init__(self, whole: "SharpnessAware") -> None:
         self._whole = whole
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[dict[str, Tree]]:
         return self._whole.param_groups
 
     def step(self) -> None:
         self._whole.second_step()
 
 
-class SharpnessAware(Front):
+class SharpnessAware(TreeOptimizer):
     """Any sharpness-aware method around any optimizer of `torch.optim`.
 
     Args:
@@ -84,7 +84,7 @@ class SharpnessAware(Front):
         *,
         model: nn.Module | Iterable[Tensor] | None = None,
         first_pass: FirstPass = "auto",
-        **kwargs: Any,
+        **kwargs: Tree,
     ) -> None:
         check_ascent("SharpnessAware", ascent)
         if combine is not None:
@@ -96,42 +96,41 @@ class SharpnessAware(Front):
         self,
         params: Groups,
         base_optimizer: type[torch.optim.Optimizer],
-        own: dict[str, Any],
+        own: dict[str, Tree],
         model: nn.Module | Iterable[Tensor] | None,
         first_pass: FirstPass,
-        kwargs: dict[str, Any],
+        kwargs: dict[str, Tree],
     ) -> None:
         where = type(self).__name__
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)):
             got = base_optimizer.__name__ if isinstance(base_optimizer, type) else type(base_optimizer).__name__
             raise TypeError(f"{where}: `base_optimizer` must be a class of torch.optim, such as SGD, got {got}.")
-        if first_pass not in ("auto", "closure", "gradients"):
-            raise ValueError(f'{where}: `first_pass` must be "auto", "closure" or "gradients", got {first_pass!r}.')
-        given = list(params)
+        checks.choice(where, ("auto", "closure", "gradients"), first_pass=first_pass)
+        given: list[Tree] = list(params)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
         self.base_optimizer = base_optimizer([own | group for group in groups], **kwargs)
         alike = [{"params": list(group["params"])} for group in self.base_optimizer.param_groups]
         super().__init__(alike, own | self.base_optimizer.defaults, model)
-        self._follow()
+        self._connect()
         self.first_pass = first_pass
-        self._state: Any = None
-        self._between: _Between | None = None
+        self._state: State = None
+        self._saved_step: _SavedStep | None = None
 
-    def _follow(self) -> None:
+    def _connect(self) -> None:
         """Shares what the base optimizer has, also after `torch.distributed.checkpoint` has loaded that."""
         me = weakref.ref(self)
-        self.base_optimizer.register_load_state_dict_post_hook(lambda base: _share(me()))
-        self._share()
+        self.base_optimizer.register_load_state_dict_post_hook(lambda base: _share_state(me()))
+        self._share_state()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Tree]) -> None:
         """Restores what was pickled; the hook on the base optimizer is not pickled with it."""
         super().__setstate__(state)
-        self._follow()
+        self._connect()
 
-    def _share(self) -> None:
+    def _share_state(self) -> None:
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
 
-    def _climb(self) -> Transform:
+    def _ascent_of_step(self) -> Transform:
         """Returns the ascent chain of this step."""
         return self._ascent
 
@@ -148,12 +147,12 @@ class SharpnessAware(Front):
         self._ascend(zero_grad)
 
     def _refuse_two(self) -> None:
-        if self._between is not None:
+        if self._saved_step is not None:
             raise RuntimeError("first_step: must be followed by `second_step`, got another `first_step`.")
 
     def _ascend(self, zero_grad: bool, check: bool = False) -> None:
         self._refuse_two()
-        values, grads, climb = self._values(), self._grads(), self._climb()
+        values, grads, climb = self._values(), self._grads(), self._ascent_of_step()
         state = climb.init(values) if self._state is None else self._state
         offset, state, _ = climb.update(values, lambda params: grads, state)
         before = [clones(group) for group in values]
@@ -164,7 +163,7 @@ class SharpnessAware(Front):
                 [None if p.grad is None else g.clone() for p, g in zip(group["params"], mine, strict=True)]
                 for group, mine in zip(self.param_groups, grads, strict=True)
             ]
-        self._between = _Between(before, kept, state, clones(self._buffers()), finite)
+        self._saved_step = _SavedStep(before, kept, state, clones(self._buffers()), finite)
         add(values, offset)
         if zero_grad:
             self.zero_grad()
@@ -179,14 +178,14 @@ class SharpnessAware(Front):
         Raises:
             RuntimeError: If there was no `first_step`.
         """
-        if self._between is None:
+        if self._saved_step is None:
             raise RuntimeError("second_step: must come after `first_step`, got no ascent to return from.")
-        between = self._between
+        saved = self._saved_step
         self.restore()
-        if between.finite is None or between.finite:
-            if self._combine is not None and between.grads is not None:
-                self._put_combined(self._combine, between.grads)
-            self._state = between.state
+        if saved.finite is None or saved.finite:
+            if self._combine is not None and saved.grads is not None:
+                self._put_combined(self._combine, saved.grads)
+            self._state = saved.state
             self.base_optimizer.step()
         self._opt_called = True  # what torch's schedulers look at
         if zero_grad:
@@ -207,13 +206,13 @@ class SharpnessAware(Front):
     @torch.no_grad()
     def restore(self) -> None:
         """Returns to `w` without a step; does nothing if that is where the params are."""
-        if self._between is None:
+        if self._saved_step is None:
             return
-        copy(self._values(), self._between.params)
-        copy([self._buffers()], [self._between.buffers])
-        self._between = None
+        copy(self._values(), self._saved_step.params)
+        copy([self._buffers()], [self._saved_step.buffers])
+        self._saved_step = None
 
-    def step(self, closure: Closure | None = None, *, scaler: "torch.amp.GradScaler | None" = None) -> Any:
+    def step(self, closure: Closure | None = None, *, scaler: "torch.amp.GradScaler | None" = None) -> Tree:
         """Takes both passes of a step, and clears the gradients.
 
         Where the closure raises, params and the buffers of `model` are as they were before the call.
@@ -234,7 +233,7 @@ class SharpnessAware(Front):
             RuntimeError: If gradients are present or missing against what `first_pass` says.
         """
         if closure is None:
-            if self._between is None:
+            if self._saved_step is None:
                 raise TypeError(
                     "step: `closure` must be a function that computes the loss and calls `backward`, got None. "
                     "Give one, or call `first_step`, a second forward and backward pass, and `second_step`."
@@ -261,7 +260,7 @@ class SharpnessAware(Front):
             if scaler is None:
                 self.second_step()
             else:
-                second_half: Any = _Second(self)
+                second_half: Tree = _SecondStep(self)
                 scaler.step(second_half)
         except BaseException:
             self.restore()
@@ -273,27 +272,27 @@ class SharpnessAware(Front):
         self.zero_grad()
         return second if present else first
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tree]:
         """Returns the state of the base optimizer and of the ascent.
 
         Raises:
             RuntimeError: Between `first_step` and `second_step`, where the params are not those of the run.
         """
-        if self._between is not None:
+        if self._saved_step is not None:
             raise RuntimeError("state_dict: must be called between steps, got an ascent without its `second_step`.")
         return {**self.base_optimizer.state_dict(), KEY: self._state}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tree]) -> None:
         """Loads what `state_dict` returned; the next step is that of the run it was taken from."""
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         self._state = state_dict.get(KEY)
 
-    _kept: ClassVar[tuple[str, ...]] = (
+    _pickled: ClassVar[tuple[str, ...]] = (
         "base_optimizer",
         "first_pass",
         "_ascent",
         "_combine",
-        "_between",
+        "_saved_step",
         "_state",
         "_model",
     )
@@ -326,8 +325,8 @@ class SAM(SharpnessAware):
         Foret et al., 2021, algorithm 1; Kwon et al., 2021, equation 8.
     """
 
-    _kept: ClassVar[tuple[str, ...]] = tuple(name for name in SharpnessAware._kept if name != "_ascent")
-    _numbers: list[tuple[Any, bool]] | None = None
+    _pickled: ClassVar[tuple[str, ...]] = tuple(name for name in SharpnessAware._pickled if name != "_ascent")
+    _numbers: list[tuple[float, bool]] | None = None
 
     def __init__(
         self,
@@ -338,13 +337,13 @@ class SAM(SharpnessAware):
         *,
         model: nn.Module | Iterable[Tensor] | None = None,
         first_pass: FirstPass = "auto",
-        **kwargs: Any,
+        **kwargs: Tree,
     ) -> None:
         self._combine = None
         self._start(params, base_optimizer, {"rho": rho, "adaptive": adaptive}, model, first_pass, kwargs)
-        self._climb()
+        self._ascent_of_step()
 
-    def _climb(self) -> Transform:
+    def _ascent_of_step(self) -> Transform:
         numbers = [(group["rho"], bool(group["adaptive"])) for group in self.param_groups]
         if numbers != self._numbers:
             rhos, adaptive = ([number[k] for number in numbers] for k in (0, 1))

@@ -1,16 +1,17 @@
 """A whole chain as an optimizer."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from funcsam.core.transform import Transform
-from funcsam.torch_optim.front import KEY, Closure, Front, Groups, add, clones, copy
+from funcsam.core.types import Aux, Params, State, Tree
+from funcsam.torch_optim.base import KEY, Closure, Groups, TreeOptimizer, add, clones, copy
 
 
-class Optimizer(Front):
+class Optimizer(TreeOptimizer):
     """Runs a whole chain as an optimizer of `torch.optim`; the closure is called as often as the chain asks.
 
     Args:
@@ -31,14 +32,14 @@ class Optimizer(Front):
         transform: Transform | Callable[..., Transform],
         *,
         model: nn.Module | Iterable[Tensor] | None = None,
-        **hyper: Any,
+        **hyper: Tree,
     ) -> None:
         if isinstance(transform, Transform) == bool(hyper):
             wanted = "a function of the numbers that are given" if hyper else "a Transform"
             raise TypeError(f"Optimizer: `transform` must be {wanted}, got {type(transform).__name__}.")
         self._transform, self._names = transform, list(hyper)
         super().__init__(params, hyper, model)
-        self._state: Any = None
+        self._state: State = None
 
     def _made(self) -> Transform:
         if isinstance(self._transform, Transform):
@@ -47,7 +48,7 @@ class Optimizer(Front):
         return self._transform(**{name: each[0] if len(each) == 1 else each for name, each in numbers.items()})
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
+    def step(self, closure: Closure | None = None) -> Tree:
         """Takes a step and returns the loss at the params.
 
         Where the closure raises, params and the buffers of `model` are as they were before the call.
@@ -65,7 +66,7 @@ class Optimizer(Front):
         state = transform.init(params) if self._state is None else self._state
         first: list[list[Tensor]] = []
 
-        def grads_fn(w: Any) -> tuple[Any, Any]:
+        def grads_fn(w: Params) -> tuple[Params, Aux]:
             copy(values, w)
             self.zero_grad()
             with torch.enable_grad():
@@ -88,13 +89,13 @@ class Optimizer(Front):
         self._state = state
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tree]:
         """Returns the numbers of the groups and the state of the chain."""
         return {**super().state_dict(), KEY: self._state}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tree]) -> None:
         """Loads what `state_dict` returned."""
         super().load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         self._state = state_dict.get(KEY)
 
-    _kept: ClassVar[tuple[str, ...]] = ("_transform", "_names", "_state", "_model")
+    _pickled: ClassVar[tuple[str, ...]] = ("_transform", "_names", "_state", "_model")

@@ -1,21 +1,23 @@
 """What the front ends share: groups of params and gradients as trees, buffers that come back, writing in place."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-Groups = Iterable[Any]
-Closure = Callable[[], Any]
+from funcsam.core.types import Tree
+
+Groups = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Tree]]
+Closure = Callable[[], Tree]
 KEY = "funcsam"
 """Where a `state_dict` holds what torch does not know of."""
 
 
-class Front(torch.optim.Optimizer):
+class TreeOptimizer(torch.optim.Optimizer):
     """What the front ends share: groups of params as a tree, gradients as a tree, and buffers that come back."""
 
-    def __init__(self, params: Groups, defaults: dict[str, Any], model: nn.Module | Iterable[Tensor] | None) -> None:
+    def __init__(self, params: Groups, defaults: dict[str, Tree], model: nn.Module | Iterable[Tensor] | None) -> None:
         super().__init__(params, defaults)
         self._model = model if isinstance(model, nn.Module) or model is None else list(model)
 
@@ -31,11 +33,11 @@ class Front(torch.optim.Optimizer):
         """Returns dense gradients; zero where there is none."""
         return [[_dense(p) for p in group["params"]] for group in self.param_groups]
 
-    _kept: ClassVar[tuple[str, ...]] = ()
+    _pickled: ClassVar[tuple[str, ...]] = ()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Tree]:
         """Adds to what torch pickles; what schedulers and hooks put on an optimizer is theirs to restore."""
-        own = {name: self.__dict__[name] for name in self._kept if name in self.__dict__}
+        own = {name: self.__dict__[name] for name in self._pickled if name in self.__dict__}
         return {**super().__getstate__(), **own}
 
     def _has_grads(self) -> bool:
