@@ -14,14 +14,15 @@ from pathlib import Path
 
 SURFACE = """
 import inspect, json, funcsam
-modules = [funcsam] + [m for m in map(vars(funcsam).get, funcsam.__all__) if inspect.ismodule(m)]
+modules = {"funcsam": funcsam}
+modules |= {f"funcsam.{n}": getattr(funcsam, n) for n in funcsam.__all__ if inspect.ismodule(getattr(funcsam, n))}
 def parameters(x):
     try:
         found = inspect.signature(x).parameters.values()
     except (TypeError, ValueError):
         return None
     return [[p.name, p.kind.name, p.default is p.empty] for p in found]
-names = {f"{m.__name__}.{n}": getattr(m, n) for m in modules for n in getattr(m, "__all__", ())}
+names = {f"{place}.{n}": getattr(m, n) for place, m in modules.items() for n in getattr(m, "__all__", ())}
 print(json.dumps({name: parameters(x) if callable(x) else None for name, x in names.items()}))
 """
 
@@ -49,7 +50,8 @@ def breaks(old: dict[str, list | None], new: dict[str, list | None]) -> dict[str
         places = [p for p, kind, _ in now if kind == "POSITIONAL_OR_KEYWORD"]
         for place, (parameter, kind, _) in enumerate(before):
             if kinds.get(parameter) != kind:
-                found[name] = f"no longer takes `{parameter}`" if parameter not in kinds else f"takes `{parameter}` otherwise"
+                lost = parameter not in kinds
+                found[name] = f"no longer takes `{parameter}`" if lost else f"takes `{parameter}` in another way"
             elif kind == "POSITIONAL_OR_KEYWORD" and places.index(parameter) != place:
                 found[name] = f"takes `{parameter}` in another place"
         own = {p for p, *_ in before}
@@ -72,7 +74,8 @@ def main() -> None:
         return
     root = Path(git("rev-parse", "--show-toplevel").decode().strip())
     with tempfile.TemporaryDirectory() as folder:
-        tarfile.open(fileobj=io.BytesIO(git("-C", str(root), "archive", tag, "funcsam"))).extractall(folder, filter="data")
+        archive = io.BytesIO(git("-C", str(root), "archive", tag, "funcsam"))
+        tarfile.open(fileobj=archive).extractall(folder, filter="data")
         found = breaks(surface(Path(folder)), surface(root))
     log = (root / "CHANGELOG.md").read_text()
     unreleased = re.search(r"^## Unreleased\n(.*?)(?=^## |\Z)", log, re.DOTALL | re.MULTILINE)
