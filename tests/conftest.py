@@ -10,9 +10,7 @@ settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", settings.get_profile("ci"), max_examples=100)
 settings.register_profile("nightly", max_examples=2000, deadline=None)
 # a test that falls need not say with which small example
-settings.register_profile(
-    "mutations", settings.get_profile("ci"), max_examples=10, phases=(Phase.explicit, Phase.generate)
-)
+settings.register_profile("fast", settings.get_profile("ci"), max_examples=10, phases=(Phase.explicit, Phase.generate))
 settings.load_profile(os.getenv("HYPOTHESIS_PROFILE", "ci" if os.getenv("CI") else "dev"))
 
 torch.set_num_threads(1)

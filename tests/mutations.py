@@ -26,7 +26,7 @@ PRELOADED = ("torch._dynamo.testing", "hypothesis.extra.numpy", "sklearn.model_s
 OPTIONS = ("-x", "-q", "--no-header", "--tb=line", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:nbmake")
 OPTIONS += ("-m", "not compile and not parity", "-W", "ignore:Module already imported")
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-os.environ["HYPOTHESIS_PROFILE"] = "mutations"
+os.environ["HYPOTHESIS_PROFILE"] = "fast"
 sys.dont_write_bytecode = True  # a file may change twice within the second that bytecode is dated by
 
 
