@@ -93,9 +93,9 @@ MUTATIONS = [
     ),
     Mutation(
         "combine gets its arguments the other way round",
-        "torch_optim/two_step.py",
-        "combine(grads, probe)",
-        "combine(probe, grads)",
+        "family/sharpness_aware.py",
+        "combine(grads, probe, state.step)",
+        "combine(probe, grads, state.step)",
         laws("family", "combine"),
     ),
     Mutation(
@@ -107,9 +107,9 @@ MUTATIONS = [
     ),
     Mutation(
         "when is inverted",
-        "family/sharpness_aware.py",
-        "if known and not pick",
-        "if known and pick",
+        "core/evaluations.py",
+        "return yes() if pick else no()",
+        "return no() if pick else yes()",
         laws("family", "when"),
     ),
     Mutation(
@@ -158,15 +158,15 @@ MUTATIONS = [
     Mutation(
         "norm per leaf",
         "transforms/scaling.py",
-        "return tree.scale(tree.reciprocal(tree.norm(grads)), grads), state",
-        "return tree.map(lambda g: tree.scale(tree.reciprocal(tree.norm(g)), g), grads), state",
+        "return tree.unit(grads), state",
+        "return tree.map(tree.unit, grads), state",
         CLOSED,
     ),
     Mutation(
         "normalize adds 1e-6",
-        "transforms/scaling.py",
-        "tree.reciprocal(tree.norm(grads))",
-        "1 / (tree.norm(grads) + 1e-6)",
+        "core/tree.py",
+        "scale(reciprocal(norm(x)), x)",
+        "scale(1 / (norm(x) + 1e-6), x)",
         laws("family", "normalize"),
     ),
     Mutation(
@@ -1630,8 +1630,8 @@ MUTATIONS += [
     Mutation(
         "the front end combines the other way round",
         "torch_optim/two_step.py",
-        "combine(first, self._grads())",
-        "combine(self._grads(), first)",
+        "combine(first, self._grads(), step)",
+        "combine(self._grads(), first, step)",
         COMBINED,
     ),
     Mutation(

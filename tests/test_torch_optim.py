@@ -223,7 +223,7 @@ def test_groups_that_differ_in_one(rhos, adaptive):
     close(fs.nn.split(model)[0], fs.nn.split(other)[0], rtol=1e-6)
 
 
-def mean(grads, probe):
+def mean(grads, probe, step):
     """Half of each."""
     return fs.tree.scale(0.5, fs.tree.add(grads, probe))
 
@@ -579,7 +579,7 @@ def test_gradients_stay_where_nothing_is_said():
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_combination_gets_the_gradients_in_this_order(loop):
     """That of the params first, also where the caller zeroes gradients in place between the passes."""
-    combine = lambda grads, probe: fs.tree.add_scaled(probe, -0.25, grads)  # noqa: E731
+    combine = lambda grads, probe, step: fs.tree.add_scaled(probe, -0.25, grads)  # noqa: E731
     climb = fs.chain(fs.normalize(), fs.scale(0.3))
     model, data = model_and_data()
     wanted = pure_loop(model, data, tx=fs.chain(fs.sharpness_aware(climb, combine=combine), fs.sgd(0.1)))

@@ -1,16 +1,19 @@
 """The sharpness-aware step: an ascent chain and a combination."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
-from funcsam.core import checks, levels, tree
+from funcsam.core import checks, tree
+from funcsam.core.evaluations import either
 from funcsam.core.records import factory
 from funcsam.core.transform import Aux, GradsFn, State, Transform, saveable
 
 P = TypeVar("P")
-Combine = Callable[[Any, Any], Any]
+Combine = Callable[[Any, Any, Tensor], Any]
 When = Callable[[Tensor], Tensor | bool]
 
 
@@ -43,23 +46,43 @@ def check_ascent(where: str, ascent: Any) -> None:
         )
 
 
+def check_combine(where: str, combine: Any) -> None:
+    """Raises unless `combine` is `None` or a function that takes three arguments, as far as that can be seen."""
+    if combine is None or torch.compiler.is_compiling():  # which cannot look at a signature
+        return
+    checks.function(where, combine=combine)
+    try:
+        signature = inspect.signature(combine)
+    except (TypeError, ValueError):  # some that are written in C have none
+        return
+    try:
+        signature.bind((), (), ())
+    except TypeError:
+        raise TypeError(
+            f"{where}: `combine` must take three arguments, `(grads, probe, step)`, got a function of {signature}. "
+            "Let it take the step, too, also where it makes no use of it."
+        ) from None
+
+
 @factory
 def sharpness_aware(
     ascent: Transform, combine: Combine | None = None, when: When | None = None, steps: int = 1
 ) -> Transform:
     """Climbs from the params, asks for a second gradient there, and combines the two.
 
-    `e = ascent(g)`, `g+ = grads_fn(w + e)`, `u = combine(g, g+)`. If the loss draws random numbers (dropout), they are
-    others for `g+`, which then differs from `g` also where `e = 0`, unless `common_randomness()` stands in front.
+    `e = ascent(g)`, `g+ = grads_fn(w + e)`, `u = combine(g, g+, step)`. If the loss draws random numbers (dropout),
+    they are others for `g+`, which then differs from `g` also where `e = 0`, unless `common_randomness()` stands in
+    front.
 
     Args:
         ascent: A transform (usually a chain) from gradient to perturbation `e`, which is *added* to the params. It
             must not ask for gradients at other params, as `sam` does.
-        combine: `combine(grads, probe) -> updates`, from the gradients at `w` and at `w + e`. `None` takes the probe,
-            as SAM does, and keeps no gradient alive beside it.
+        combine: `combine(grads, probe, step) -> updates`, from the gradients at `w` and at `w + e` and the number of
+            updates so far (int64, shape ()), at which it can read a schedule. `None` takes the probe, as SAM does, and
+            keeps no gradient alive beside it.
         when: `when(step)` is true on the steps that probe, a bool or a boolean tensor of shape (); on the others the
             update is the plain gradient. `None` probes always. In plain eager code a step without a probe costs one
-            gradient; under `vmap` and `torch.compile` both are computed and one is chosen.
+            gradient; under `vmap` and `torch.compile` both are computed and one is chosen, as `either` says.
         steps: Number of ascents, each of `1/steps` the length: their sum stays inside any convex neighbourhood without
             a projection. `steps + 1` gradient evaluations.
 
@@ -74,7 +97,9 @@ def sharpness_aware(
         Foret et al., 2021 (SAM), algorithm 1; appendix C.6 for several steps.
     """
     check_ascent("sharpness_aware", ascent)
-    checks.function("sharpness_aware", **{k: v for k, v in (("combine", combine), ("when", when)) if v is not None})
+    check_combine("sharpness_aware", combine)
+    if when is not None:
+        checks.function("sharpness_aware", when=when)
     checks.count("sharpness_aware", steps=steps)
     keeps_grads = combine is not None or when is not None
 
@@ -101,18 +126,17 @@ def sharpness_aware(
 
     def update(params: P, grads_fn: GradsFn, state: SharpnessAwareState, *batch: Any) -> tuple[P, State, Aux]:
         offset, ascent_state, (grads, aux) = ascent._update(params, at_params(grads_fn), state.ascent, *batch)
-        new_state = SharpnessAwareState(state.step + 1, ascent_state)
+        offsets = [offset]
+        del offset  # so that `pop` lets it go: memory peaks in the backward pass at the probe
+
+        def probed() -> P:
+            point = perturbed(params, grads_fn, state.ascent, batch, offsets.pop())
+            probe, _ = grads_fn(point, *batch)
+            updates: P = probe if combine is None else combine(grads, probe, state.step)
+            return updates
+
         pick = True if when is None else when(state.step)
-        known = not isinstance(pick, Tensor) or (levels.eager() and not pick.is_meta)
-        if known and not pick:
-            return grads, new_state, aux
-        point = perturbed(params, grads_fn, state.ascent, batch, offset)
-        del offset  # memory peaks in the backward pass that follows
-        probe, _ = grads_fn(point, *batch)
-        updates = probe if combine is None else combine(grads, probe)
-        if isinstance(pick, Tensor) and not known:
-            updates = tree.where(pick, updates, grads)
-        return updates, new_state, aux
+        return either(pick, probed, lambda: grads), SharpnessAwareState(state.step + 1, ascent_state), aux
 
     probing = Transform(init, update, SharpnessAwareState, lambda state: [(ascent, state.ascent)])
     probing._probes = True

@@ -80,7 +80,7 @@ def normalize() -> Transform:
     """
 
     def update(grads: Any, state: State, params: Any) -> tuple[Any, State]:
-        return tree.scale(tree.reciprocal(tree.norm(grads)), grads), state
+        return tree.unit(grads), state
 
     return lift(lambda params: (), update, ())
 
