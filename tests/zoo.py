@@ -196,7 +196,7 @@ ZOO = [
         {"weight_decay": 0.3},
         C.AT_PARAMS,
     ),
-    Entry("trace", (fs.trace,), fs.trace, {"decay": 0.6}, C.LINEAR | C.FIXED_POINT | ISOTROPIC),
+    Entry("trace", (fs.trace,), fs.trace, {"decay": 0.6}, C.AT_PARAMS | C.LINEAR | C.FIXED_POINT | ISOTROPIC),
     Entry(
         "trace(nesterov)",
         (fs.trace,),
