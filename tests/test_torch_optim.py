@@ -284,6 +284,9 @@ def test_a_state_without_the_number_of_steps():
     step, climb = saved["funcsam"]
     assert (step, climb[1].step) == (2, 2)
     optimizer.load_state_dict({**saved, "funcsam": climb})
+    old = copy.deepcopy(optimizer)
+    old._state = climb
+    assert pickle.loads(pickle.dumps(old)).state_dict()["funcsam"].step == 0
     closures(optimizer, model, data[2:])
     assert (optimizer.state_dict()["funcsam"].step, optimizer.state_dict()["funcsam"].ascent[1].step) == (2, 4)
 

@@ -145,8 +145,15 @@ def test_the_coarsest_type_says_what_rounding_is():
     equal(tree.reject(x, y), [torch.zeros(4), fine(0.01)])
 
 
-def test_half_precision_is_computed_in_float32():
-    """Products that float16 does not hold."""
+@pytest.mark.parametrize("dtype", DTYPES[2:4], ids=str)
+def test_half_precision_is_computed_in_float32(dtype):
+    """And rounded once."""
+    x = (torch.arange(50.0).sin() + 0.5).to(dtype)
+    y = torch.arange(50.0).cos().to(dtype) + x
+    equal(tree.reject(x, y), tree.reject(x.float(), y.float()).to(dtype))
+
+
+def test_products_that_float16_does_not_hold():
     x, y = torch.tensor([600.0, 0.0], dtype=torch.float16), torch.tensor([300.0, 300.0], dtype=torch.float16)
     equal(tree.reject(x, y), torch.tensor([300.0, -300.0], dtype=torch.float16))
 
