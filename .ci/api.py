@@ -75,7 +75,8 @@ def main() -> None:
     root = Path(git("rev-parse", "--show-toplevel").decode().strip())
     with tempfile.TemporaryDirectory() as folder:
         archive = io.BytesIO(git("-C", str(root), "archive", tag, "funcsam"))
-        tarfile.open(fileobj=archive).extractall(folder, filter="data")
+        with tarfile.open(fileobj=archive) as files:
+            files.extractall(folder, filter="data")
         found = breaks(surface(Path(folder)), surface(root))
     log = (root / "CHANGELOG.md").read_text()
     unreleased = re.search(r"^## Unreleased\n(.*?)(?=^## |\Z)", log, re.DOTALL | re.MULTILINE)

@@ -11,9 +11,13 @@ meaning:
 
 from funcsam import distributed, ensemble, landscape, measures, nn, torch_optim
 from funcsam.core import tree
+from funcsam.core.evaluations import either, given
 from funcsam.core.gradients import grad_and_value
 from funcsam.core.schedules import constant, cosine, step_decay, warmup_cosine
 from funcsam.core.transform import Transform, apply_updates, chain, identity, lift
+from funcsam.family.gsam import gsam
+from funcsam.family.looksam import LookSAMState, looksam
+from funcsam.family.msam import MSAMState, msam
 from funcsam.family.sam import asam, sam, sam_update
 from funcsam.family.sharpness_aware import SharpnessAwareState, sharpness_aware
 from funcsam.optimizers.adam import adam, adamw
@@ -40,7 +44,9 @@ __all__ = [
     "AdamState",
     "ApplyIfFiniteState",
     "DecayState",
+    "LookSAMState",
     "LossScaleState",
+    "MSAMState",
     "RandomnessState",
     "ScaleState",
     "SharpnessAwareState",
@@ -60,15 +66,20 @@ __all__ = [
     "cosine",
     "distributed",
     "dynamic_loss_scale",
+    "either",
     "ensemble",
     "freeze",
+    "given",
     "grad_and_value",
+    "gsam",
     "identity",
     "landscape",
     "lift",
+    "looksam",
     "masked",
     "measures",
     "microbatch",
+    "msam",
     "nn",
     "normalize",
     "partition",

@@ -93,9 +93,9 @@ MUTATIONS = [
     ),
     Mutation(
         "combine gets its arguments the other way round",
-        "torch_optim/two_step.py",
-        "combine(grads, probe)",
-        "combine(probe, grads)",
+        "family/sharpness_aware.py",
+        "combine(grads, probe, state.step)",
+        "combine(probe, grads, state.step)",
         laws("family", "combine"),
     ),
     Mutation(
@@ -107,9 +107,9 @@ MUTATIONS = [
     ),
     Mutation(
         "when is inverted",
-        "family/sharpness_aware.py",
-        "if known and not pick",
-        "if known and pick",
+        "core/evaluations.py",
+        "return yes() if pick else no()",
+        "return no() if pick else yes()",
         laws("family", "when"),
     ),
     Mutation(
@@ -158,15 +158,15 @@ MUTATIONS = [
     Mutation(
         "norm per leaf",
         "transforms/scaling.py",
-        "return tree.scale(tree.reciprocal(tree.norm(grads)), grads), state",
-        "return tree.map(lambda g: tree.scale(tree.reciprocal(tree.norm(g)), g), grads), state",
+        "return tree.unit(grads), state",
+        "return tree.map(tree.unit, grads), state",
         CLOSED,
     ),
     Mutation(
         "normalize adds 1e-6",
-        "transforms/scaling.py",
-        "tree.reciprocal(tree.norm(grads))",
-        "1 / (tree.norm(grads) + 1e-6)",
+        "core/tree.py",
+        "scale(reciprocal(norm(x)), x)",
+        "scale(1 / (norm(x) + 1e-6), x)",
         laws("family", "normalize"),
     ),
     Mutation(
@@ -1638,8 +1638,8 @@ MUTATIONS += [
     Mutation(
         "the front end combines the other way round",
         "torch_optim/two_step.py",
-        "combine(first, self._grads())",
-        "combine(self._grads(), first)",
+        "combine(first, self._grads(), step)",
+        "combine(self._grads(), first, step)",
         COMBINED,
     ),
     Mutation(
@@ -2157,6 +2157,290 @@ MUTATIONS += [
         "        if not isinstance(value, Transform):",
         "        if False:",
         GROUPS,
+    ),
+]
+
+
+CHOICE = node(
+    "evaluations", "plain_code_calls_one", "vmap_calls_both_and_chooses_for_each_member", "meta_has_no_value_to_look_at"
+)
+REFUSED = node("evaluations", "branches_that_differ_are_refused", "other_picks_are_refused")
+COMBINATION = node("evaluations", "a_combination_is_given_the_step", "a_combination_of_other_arguments_is_refused")
+HELD = node("evaluations", "nothing_else_is_held_at_the_probe")
+TREE, MEMBERS_OF_THE_FAMILY = ("tests/test_tree.py",), ("tests/test_family_members.py",)
+NO_ASCENT = laws("objects", "an_ascent_that_probes_is_refused")
+READ = laws("family", "a_schedule_is_read_at_0_1_2")
+COUNTED = node("torch_optim", "a_combination_sees_the_step", "the_number_of_steps_is_saved")
+OLD_STATE = node("torch_optim", "a_state_without_the_number_of_steps")
+
+MUTATIONS += [
+    Mutation(
+        "either calls both in plain code",
+        "core/evaluations.py",
+        " or (levels.eager() and not pick.is_meta)",
+        "",
+        CHOICE,
+    ),
+    Mutation("either looks at what has no value", "core/evaluations.py", " and not pick.is_meta", "", CHOICE),
+    Mutation(
+        "either chooses the other tree",
+        "core/evaluations.py",
+        "tree.where(pick, chosen, other)",
+        "tree.where(pick, other, chosen)",
+        CHOICE,
+    ),
+    Mutation("either takes any tensor", "core/evaluations.py", " and not pick.ndim", "", REFUSED),
+    Mutation(
+        "branches of other shapes pass",
+        "core/evaluations.py",
+        'checks.same("either", "no", other, chosen, "yes")',
+        "pass",
+        REFUSED,
+    ),
+    Mutation(
+        "branches of other dtypes pass",
+        "core/evaluations.py",
+        'checks.dtypes("either", "no", other, chosen, "yes")',
+        "pass",
+        REFUSED,
+    ),
+    Mutation(
+        "a branch may hold numbers", "core/evaluations.py", 'checks.tensors("either", "yes", chosen)', "pass", REFUSED
+    ),
+    Mutation(
+        "a gradient in hand has another aux",
+        "core/evaluations.py",
+        "return grads, ()",
+        "return grads, grads",
+        node("evaluations", "a_gradient_in_hand"),
+    ),
+    Mutation(
+        "the inner product of complex leaves is not conjugated",
+        "core/tree.py",
+        "(x.conj() * y).real",
+        "(x * y).real",
+        TREE,
+    ),
+    Mutation(
+        "products are taken in half precision",
+        "core/tree.py",
+        "x, y = (a.float() if a.dtype in kernels.HALF else a for a in (x, y))",
+        "pass",
+        TREE,
+    ),
+    Mutation(
+        "the inner product has the type of the first leaf",
+        "core/tree.py",
+        "dtype = real_dtype(leaves)",
+        "dtype = leaves[0].dtype",
+        TREE,
+    ),
+    Mutation(
+        "the rest has the part twice", "core/tree.py", "_add_scaled(a, -share, b)", "_add_scaled(a, share, b)", TREE
+    ),
+    Mutation("rounding is left", "core/tree.py", "where(lost, zeros_like(rest), rest)", "rest", TREE),
+    Mutation(
+        "the rounding of the entries is forgotten",
+        "core/tree.py",
+        "tolerance = eps + 16 * min",
+        "tolerance = 16 * min",
+        TREE,
+    ),
+    Mutation(
+        "the rounding of the sums is forgotten",
+        "core/tree.py",
+        "tolerance = eps + 16 * min(eps, torch.finfo(torch.float32).eps)",
+        "tolerance = eps",
+        TREE,
+    ),
+    Mutation("the finest type says what rounding is", "core/tree.py", "eps = max(torch", "eps = min(torch", TREE),
+    Mutation(
+        "sums in half precision round as it does",
+        "core/tree.py",
+        "16 * min(eps, torch.finfo(torch.float32).eps)",
+        "16 * eps",
+        TREE,
+    ),
+    Mutation(
+        "the part along zero is NaN",
+        "core/tree.py",
+        "torch.where(zero, 0.0, dot(wide, other) / torch.where(zero, 1.0, square))",
+        "dot(wide, other) / square",
+        TREE,
+    ),
+    Mutation(
+        "a square out of range is taken for zero",
+        "core/tree.py",
+        "share = share + (square - square)",
+        "share = share + 0.0",
+        TREE,
+    ),
+    Mutation(
+        "the rest of half precision is computed in it",
+        "core/tree.py",
+        "wide, other = widened(xs), widened(ys)",
+        "wide, other = xs, ys",
+        TREE,
+    ),
+    Mutation(
+        "a combination is given the next step",
+        "family/sharpness_aware.py",
+        "combine(grads, probe, state.step)",
+        "combine(grads, probe, state.step + 1)",
+        COMBINATION,
+    ),
+    Mutation(
+        "a combination may take two arguments",
+        "family/sharpness_aware.py",
+        "signature.bind((), (), ())",
+        "signature.bind_partial()",
+        COMBINATION,
+    ),
+    Mutation("the offset is held at the probe", "family/sharpness_aware.py", "offsets.pop()", "offsets[0]", HELD),
+    Mutation(
+        "gsam adds the orthogonal part",
+        "family/gsam.py",
+        "-schedules.at(alpha, step)",
+        "schedules.at(alpha, step)",
+        MEMBERS_OF_THE_FAMILY,
+    ),
+    Mutation(
+        "gsam takes the part of the probe",
+        "family/gsam.py",
+        "tree.reject(grads, probe)",
+        "tree.reject(probe, grads)",
+        MEMBERS_OF_THE_FAMILY,
+    ),
+    Mutation(
+        "alpha of gsam is read one step late",
+        "family/gsam.py",
+        "schedules.at(alpha, step)",
+        "schedules.at(alpha, step + 1)",
+        READ,
+    ),
+    Mutation(
+        "looksam keeps the part of the plain gradient",
+        "family/looksam.py",
+        "tree.reject(probe, grads)",
+        "tree.reject(grads, probe)",
+        MEMBERS_OF_THE_FAMILY,
+    ),
+    Mutation(
+        "looksam looks one step late",
+        "family/looksam.py",
+        "state.step % k == 0",
+        "(state.step + 1) % k == 0",
+        MEMBERS_OF_THE_FAMILY,
+    ),
+    Mutation(
+        "looksam reuses at a length of its own",
+        "family/looksam.py",
+        " * tree.norm(grads) * ",
+        " * ",
+        MEMBERS_OF_THE_FAMILY,
+    ),
+    Mutation(
+        "looksam reuses at the old length",
+        "family/looksam.py",
+        " * tree.norm(grads) * tree.reciprocal(tree.norm(state.across))",
+        "",
+        MEMBERS_OF_THE_FAMILY,
+    ),
+    Mutation(
+        "looksam forgets what it has reused",
+        "family/looksam.py",
+        "state.across), state.across",
+        "state.across), tree.zeros_like(grads)",
+        MEMBERS_OF_THE_FAMILY,
+    ),
+    Mutation(
+        "looksam stays where it is",
+        "family/looksam.py",
+        "tree.unit(grads)",
+        "tree.zeros_like(grads)",
+        MEMBERS_OF_THE_FAMILY,
+    ),
+    Mutation(
+        "rho of looksam is read one step late",
+        "family/looksam.py",
+        "schedules.at(rho, state.step)",
+        "schedules.at(rho, state.step + 1)",
+        READ,
+    ),
+    Mutation(
+        "alpha of looksam is read one step late",
+        "family/looksam.py",
+        "schedules.at(alpha, state.step)",
+        "schedules.at(alpha, state.step + 1)",
+        READ,
+    ),
+    Mutation("looksam passes for an ascent", "family/looksam.py", "probing._probes = True", "", NO_ASCENT),
+    Mutation(
+        "msam goes the other way",
+        "family/msam.py",
+        "tree.add_scaled(params, -1,",
+        "tree.add_scaled(params, 1,",
+        MEMBERS_OF_THE_FAMILY,
+    ),
+    Mutation(
+        "msam does not normalise", "family/msam.py", "tree.unit(state.trace)", "state.trace", MEMBERS_OF_THE_FAMILY
+    ),
+    Mutation(
+        "msam is not perturbed",
+        "family/msam.py",
+        "grads_fn(point, *batch)",
+        "grads_fn(params, *batch)",
+        MEMBERS_OF_THE_FAMILY,
+    ),
+    Mutation(
+        "rho of msam is read one step late",
+        "family/msam.py",
+        "schedules.at(rho, state.step)",
+        "schedules.at(rho, state.step + 1)",
+        READ,
+    ),
+    Mutation(
+        "momentum of msam is read one step late",
+        "family/msam.py",
+        "schedules.at(momentum, state.step)",
+        "schedules.at(momentum, state.step + 1)",
+        READ,
+    ),
+    Mutation("msam passes for an ascent", "family/msam.py", "probing._probes = True", "", NO_ASCENT),
+    Mutation(
+        "the front end does not count",
+        "torch_optim/two_step.py",
+        "between.state._replace(step=between.state.step + 1)",
+        "between.state",
+        COUNTED,
+    ),
+    Mutation(
+        "the front end counts a step early",
+        "torch_optim/two_step.py",
+        "between.grads, between.state.step)",
+        "between.grads, between.state.step + 1)",
+        COUNTED,
+    ),
+    Mutation(
+        "an old state is taken as it is",
+        "torch_optim/two_step.py",
+        "SharpnessAwareState(tree.counter(self._values()), state) if old else state",
+        "state",
+        OLD_STATE,
+    ),
+    Mutation(
+        "an old pickle is taken as it is",
+        "torch_optim/two_step.py",
+        "        self._put_state(self._state)\n",
+        "",
+        OLD_STATE,
+    ),
+    Mutation(
+        "the first gradient is asked for elsewhere",
+        "transforms/moments.py",
+        "return lift(init, update, TraceState)",
+        "return Transform(init, lambda w, f, s, *b: (*update(f(tree.map(torch.neg, w), *b)[0], s, w), f(w)[1]))",
+        laws("contract", "the_first_gradient_is_asked_for_at_the_params"),
     ),
 ]
 

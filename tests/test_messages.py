@@ -17,6 +17,11 @@ NONNEGATIVE = {
     "sam: `rho`": lambda x: fs.sam(x),
     "asam: `rho`": lambda x: fs.asam(x),
     "asam: `eta`": lambda x: fs.asam(eta=x),
+    "gsam: `rho`": lambda x: fs.gsam(x),
+    "gsam: `alpha`": lambda x: fs.gsam(alpha=x),
+    "looksam: `rho`": lambda x: fs.looksam(x),
+    "looksam: `alpha`": lambda x: fs.looksam(alpha=x),
+    "msam: `rho`": lambda x: fs.msam(x),
     "scale_by_magnitude: `eta`": lambda x: fs.scale_by_magnitude(x),
     "scale_by_learning_rate: `lr`": lambda x: fs.scale_by_learning_rate(x),
     "add_decayed_weights: `weight_decay`": lambda x: fs.add_decayed_weights(x),
@@ -44,6 +49,7 @@ SHARE = {
     "trace: `decay`": lambda x: fs.trace(x),
     "trace: `dampening`": lambda x: fs.trace(dampening=x),
     "sgd: `momentum`": lambda x: fs.sgd(momentum=x),
+    "msam: `momentum`": lambda x: fs.msam(momentum=x),
     "sgd: `dampening`": lambda x: fs.sgd(dampening=x),
 }
 BETAS = {
@@ -58,6 +64,7 @@ COUNT = {
     "warmup_cosine: `total_steps`": lambda x: fs.warmup_cosine(1.0, 1, x),
     "warmup_cosine: `warmup_steps`": lambda x: fs.warmup_cosine(1.0, x, 10),
     "sharpness_aware: `steps`": lambda x: fs.sharpness_aware(fs.identity(), steps=x),
+    "looksam: `k`": lambda x: fs.looksam(k=x),
 }
 
 

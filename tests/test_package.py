@@ -54,7 +54,8 @@ def test_the_wheel_has_every_file_of_the_package(built):
 def test_the_sdist_can_be_built_from_and_is_small(built):
     """The source distribution has the package, its licence and its changes, and none of the test data."""
     (sdist,) = built.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert files_of_the_tree() | {"LICENSE", "README.md", "pyproject.toml"} <= names
     assert not [name for name in names if name.startswith("tests/data")]
     assert sdist.stat().st_size < 500_000

@@ -110,7 +110,8 @@ def members(randomness, tx, steps=1):
 def probes(randomness, tx):
     """The masks at the params and at the probe, of three members: shape `(members, 2, 64)`."""
     w = torch.ones(3, 64)
-    half = fs.sharpness_aware(fs.chain(fs.normalize(), fs.scale(0.1)), combine=lambda g, probe: torch.stack([g, probe]))
+    climb = fs.chain(fs.normalize(), fs.scale(0.1))
+    half = fs.sharpness_aware(climb, combine=lambda g, probe, step: torch.stack([g, probe]))
     many = fs.ensemble.vectorize(fs.chain(tx, half), randomness=randomness)
     return many.update(w, lambda w: F.dropout(torch.ones_like(w), 0.5), many.init(w))[0]
 

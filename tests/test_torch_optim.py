@@ -223,9 +223,83 @@ def test_groups_that_differ_in_one(rhos, adaptive):
     close(fs.nn.split(model)[0], fs.nn.split(other)[0], rtol=1e-6)
 
 
-def mean(grads, probe):
+def mean(grads, probe, step):
     """Half of each."""
     return fs.tree.scale(0.5, fs.tree.add(grads, probe))
+
+
+def fading(grads, probe, step):
+    """A weight that moves with the step."""
+    return fs.tree.add_scaled(probe, -1 / (1.0 + step), fs.tree.reject(grads, probe))
+
+
+FADING = fs.sharpness_aware(fs.chain(fs.normalize(), fs.scale(0.5)), fading)
+
+
+def fading_optimizer(model):
+    climb = fs.chain(fs.normalize(), fs.scale(0.5))
+    return SharpnessAware(model.parameters(), torch.optim.SGD, climb, fading, model=model, lr=0.1)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_combination_sees_the_step(loop):
+    """The number of steps so far, as in a chain."""
+    model, data = model_and_data("batch norm")
+    wanted = pure_loop(model, data, tx=fs.chain(FADING, fs.sgd(0.1)))
+    loop(fading_optimizer(model), model, data)
+    close(fs.nn.split(model), wanted[:2], rtol=1e-6)
+
+
+def saved_and_loaded(model, optimizer):
+    """Both, from a file."""
+    twin = copy.deepcopy(model)
+    torch.save(optimizer.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    loaded = fading_optimizer(twin)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    return twin, loaded
+
+
+@pytest.mark.parametrize(
+    "carry",
+    [saved_and_loaded, lambda *pair: copy.deepcopy(pair), lambda *pair: pickle.loads(pickle.dumps(pair))],
+    ids=["a file", "a copy", "a pickle"],
+)
+def test_the_number_of_steps_is_saved(carry):
+    model, data = model_and_data()
+    optimizer = fading_optimizer(model)
+    closures(optimizer, model, data[:2])
+    twin, other = carry(model, optimizer)
+    closures(optimizer, model, data[2:])
+    closures(other, twin, data[2:])
+    equal(fs.nn.split(twin)[0], fs.nn.split(model)[0])
+
+
+def test_a_state_without_the_number_of_steps():
+    """As version 0.1.0 saved it: the ascent goes on, the count starts at zero."""
+    model, data = model_and_data()
+    optimizer = fading_optimizer(model)
+    closures(optimizer, model, data[:2])
+    saved = optimizer.state_dict()
+    step, climb = saved["funcsam"]
+    assert (step, climb[1].step) == (2, 2)
+    optimizer.load_state_dict({**saved, "funcsam": climb})
+    old = copy.deepcopy(optimizer)
+    old._state = climb
+    assert pickle.loads(pickle.dumps(old)).state_dict()["funcsam"].step == 0
+    closures(optimizer, model, data[2:])
+    assert (optimizer.state_dict()["funcsam"].step, optimizer.state_dict()["funcsam"].ascent[1].step) == (2, 4)
+
+
+@pytest.mark.parametrize("tx", [fs.looksam(0.5, k=3), fs.msam(0.5)], ids=["looksam", "msam"])
+def test_members_that_are_whole_chains(tx):
+    """What does not ask twice at every step, or not at the params, runs as a chain."""
+    model, data = model_and_data("batch norm")
+    chain = fs.chain(tx, fs.sgd(0.1))
+    wanted = pure_loop(model, data, tx=chain)
+    losses = closures(Optimizer(model.parameters(), chain, model=model), model, data)
+    close(fs.nn.split(model), wanted[:2], rtol=1e-6)
+    close(torch.tensor(losses), torch.stack(wanted[2]).float(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -579,7 +653,7 @@ def test_gradients_stay_where_nothing_is_said():
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_combination_gets_the_gradients_in_this_order(loop):
     """That of the params first, also where the caller zeroes gradients in place between the passes."""
-    combine = lambda grads, probe: fs.tree.add_scaled(probe, -0.25, grads)  # noqa: E731
+    combine = lambda grads, probe, step: fs.tree.add_scaled(probe, -0.25, grads)  # noqa: E731
     climb = fs.chain(fs.normalize(), fs.scale(0.3))
     model, data = model_and_data()
     wanted = pure_loop(model, data, tx=fs.chain(fs.sharpness_aware(climb, combine=combine), fs.sgd(0.1)))

@@ -29,6 +29,7 @@ class Claim(Flag):
     SPHERE = auto()  # climbs by `rho T^2 g / ||T g||`; `size` is `T`
     IDENTITY_AT_ZERO_RHO = auto()  # is `base` if `rho` is zero
     FIXED_POINT = auto()  # a zero gradient gives a zero update at first
+    AT_PARAMS = auto()  # the first gradient is asked for at the params
 
 
 C = Claim
@@ -49,7 +50,7 @@ class Entry(NamedTuple):
         make: Makes the transform from its numbers.
         numbers: Hyperparameters and their values; each may be a number, a tensor of shape () or a schedule.
         claims: Laws that hold.
-        evaluations: Gradients asked for at step 0, 1, ...; nothing if that depends on the params.
+        evaluations: Gradients asked for at step 0, 1, ..., in plain code; nothing if that depends on the params.
         size: `T` as a function of the params.
         base: What is left if `rho` is zero.
         compiles: Whether `torch.compile` takes it as one graph.
@@ -84,7 +85,7 @@ def _weights(params):
     )
 
 
-def _mean(grads, probe):
+def _mean(grads, probe, step):
     return tree.scale(0.5, tree.add(grads, probe))
 
 
@@ -144,107 +145,114 @@ def _halve(grads, state, params):
 
 
 ZOO = [
-    Entry("identity", (fs.identity,), fs.identity, claims=C.LINEAR | C.FIXED_POINT | ISOTROPIC),
-    Entry("lift", (fs.lift,), lambda: fs.lift(_nothing, _halve, ()), claims=C.LINEAR | C.FIXED_POINT | ISOTROPIC),
-    Entry("scale", (fs.scale,), fs.scale, {"factor": -0.7}, C.LINEAR | C.FIXED_POINT | ISOTROPIC),
+    Entry("identity", (fs.identity,), fs.identity, claims=C.AT_PARAMS | C.LINEAR | C.FIXED_POINT | ISOTROPIC),
+    Entry(
+        "lift",
+        (fs.lift,),
+        lambda: fs.lift(_nothing, _halve, ()),
+        claims=C.AT_PARAMS | C.LINEAR | C.FIXED_POINT | ISOTROPIC,
+    ),
+    Entry("scale", (fs.scale,), fs.scale, {"factor": -0.7}, C.AT_PARAMS | C.LINEAR | C.FIXED_POINT | ISOTROPIC),
     Entry(
         "scale_by_learning_rate",
         (fs.scale_by_learning_rate,),
         fs.scale_by_learning_rate,
         {"lr": 0.1},
-        C.LINEAR | C.FIXED_POINT | ISOTROPIC,
+        C.AT_PARAMS | C.LINEAR | C.FIXED_POINT | ISOTROPIC,
     ),
-    Entry("normalize", (fs.normalize,), fs.normalize, claims=C.FIXED_POINT | ISOTROPIC),
+    Entry("normalize", (fs.normalize,), fs.normalize, claims=C.AT_PARAMS | C.FIXED_POINT | ISOTROPIC),
     Entry(
         "scale_by_magnitude",
         (fs.scale_by_magnitude,),
         fs.scale_by_magnitude,
         {"eta": 0.1},
-        C.LINEAR | C.FIXED_POINT | C.PERMUTATIONS | C.RELABELLING,
+        C.AT_PARAMS | C.LINEAR | C.FIXED_POINT | C.PERMUTATIONS | C.RELABELLING,
     ),
     Entry(
         "scale_by_magnitude(mask)",
         (fs.scale_by_magnitude,),
         lambda eta: fs.scale_by_magnitude(eta, is_weight),
         {"eta": 0.1},
-        C.LINEAR | C.FIXED_POINT,
+        C.AT_PARAMS | C.LINEAR | C.FIXED_POINT,
     ),
     Entry(
         "clip_by_global_norm",
         (fs.clip_by_global_norm,),
         fs.clip_by_global_norm,
         {"max_norm": 1.3},
-        C.FIXED_POINT | ISOTROPIC,
+        C.AT_PARAMS | C.FIXED_POINT | ISOTROPIC,
     ),
     Entry(
         "add_decayed_weights",
         (fs.add_decayed_weights,),
         fs.add_decayed_weights,
         {"weight_decay": 0.3},
-        C.ROTATIONS | C.PERMUTATIONS | C.RELABELLING,
+        C.AT_PARAMS | C.ROTATIONS | C.PERMUTATIONS | C.RELABELLING,
     ),
     Entry(
         "add_decayed_weights(mask)",
         (fs.add_decayed_weights,),
         lambda weight_decay: fs.add_decayed_weights(weight_decay, is_weight),
         {"weight_decay": 0.3},
+        C.AT_PARAMS,
     ),
-    Entry("trace", (fs.trace,), fs.trace, {"decay": 0.6}, C.LINEAR | C.FIXED_POINT | ISOTROPIC),
+    Entry("trace", (fs.trace,), fs.trace, {"decay": 0.6}, C.AT_PARAMS | C.LINEAR | C.FIXED_POINT | ISOTROPIC),
     Entry(
         "trace(nesterov)",
         (fs.trace,),
         lambda decay: fs.trace(decay, nesterov=True),
         {"decay": 0.6},
-        C.LINEAR | C.FIXED_POINT | ISOTROPIC,
+        C.AT_PARAMS | C.LINEAR | C.FIXED_POINT | ISOTROPIC,
     ),
     Entry(
         "trace(dampening)",
         (fs.trace,),
         fs.trace,
         {"decay": 0.6, "dampening": 0.2},
-        C.LINEAR | C.FIXED_POINT | ISOTROPIC,
+        C.AT_PARAMS | C.LINEAR | C.FIXED_POINT | ISOTROPIC,
     ),
     Entry(
         "scale_by_adam",
         (fs.scale_by_adam,),
         fs.scale_by_adam,
         {"b1": 0.8, "b2": 0.9, "eps": 0.01},
-        C.FIXED_POINT | C.TRANSLATIONS | C.PERMUTATIONS | C.RELABELLING,
+        C.AT_PARAMS | C.FIXED_POINT | C.TRANSLATIONS | C.PERMUTATIONS | C.RELABELLING,
     ),
     Entry(
         "scale_by_adam(amsgrad)",
         (fs.scale_by_adam,),
         lambda b1, b2, eps: fs.scale_by_adam(b1, b2, eps, amsgrad=True),
         {"b1": 0.8, "b2": 0.9, "eps": 0.01},
-        C.FIXED_POINT | C.TRANSLATIONS | C.PERMUTATIONS | C.RELABELLING,
+        C.AT_PARAMS | C.FIXED_POINT | C.TRANSLATIONS | C.PERMUTATIONS | C.RELABELLING,
     ),
     Entry(
         "sgd",
         (fs.sgd,),
         lambda lr, momentum: fs.sgd(lr, momentum, nesterov=True),
         {"lr": 0.1, "momentum": 0.5},
-        C.LINEAR | C.FIXED_POINT | ISOTROPIC,
+        C.AT_PARAMS | C.LINEAR | C.FIXED_POINT | ISOTROPIC,
     ),
     Entry(
         "adam",
         (fs.adam,),
         lambda lr, b1, b2, eps, weight_decay: fs.adam(lr, (b1, b2), eps, weight_decay),
         {"lr": 0.1, "b1": 0.8, "b2": 0.9, "eps": 0.01, "weight_decay": 0.1},
-        C.PERMUTATIONS | C.RELABELLING,
+        C.AT_PARAMS | C.PERMUTATIONS | C.RELABELLING,
     ),
     Entry(
         "adamw",
         (fs.adamw,),
         lambda lr, b1, b2, eps, weight_decay: fs.adamw(lr, (b1, b2), eps, weight_decay, mask=is_weight),
         {"lr": 0.1, "b1": 0.8, "b2": 0.9, "eps": 0.01, "weight_decay": 0.1},
+        C.AT_PARAMS,
     ),
-    Entry("sam", (fs.sam,), fs.sam, {"rho": 0.25}, C.SPHERE | FAMILY | ISOTROPIC, (2, 2)),
+    Entry("sam", (fs.sam,), fs.sam, {"rho": 0.25}, C.AT_PARAMS | C.SPHERE | FAMILY | ISOTROPIC, (2, 2)),
     Entry(
         "asam",
         (fs.asam,),
         fs.asam,
         {"rho": 0.25},
-        C.SPHERE | C.SCALES | FAMILY | C.PERMUTATIONS | C.RELABELLING,
+        C.AT_PARAMS | C.SPHERE | C.SCALES | FAMILY | C.PERMUTATIONS | C.RELABELLING,
         (2, 2),
         lambda params: optree.tree_map(torch.abs, params),
     ),
@@ -253,7 +261,7 @@ ZOO = [
         (fs.asam,),
         lambda rho, eta: fs.asam(rho, eta, is_weight),
         {"rho": 0.25, "eta": 0.01},
-        C.SPHERE | FAMILY,
+        C.AT_PARAMS | C.SPHERE | FAMILY,
         (2, 2),
         _weights,
     ),
@@ -262,7 +270,7 @@ ZOO = [
         (fs.sharpness_aware,),
         lambda rho: fs.sharpness_aware(_climb(rho), combine=_mean),
         {"rho": 0.25},
-        C.SPHERE | FAMILY | ISOTROPIC,
+        C.AT_PARAMS | C.SPHERE | FAMILY | ISOTROPIC,
         (2, 2),
     ),
     Entry(
@@ -270,7 +278,7 @@ ZOO = [
         (fs.sharpness_aware,),
         lambda rho: fs.sharpness_aware(_climb(rho), when=_even),
         {"rho": 0.25},
-        C.SPHERE | FAMILY | ISOTROPIC,
+        C.AT_PARAMS | C.SPHERE | FAMILY | ISOTROPIC,
         (2, 1),
     ),
     Entry(
@@ -278,15 +286,39 @@ ZOO = [
         (fs.sharpness_aware,),
         lambda rho: fs.sharpness_aware(_climb(rho), steps=2),
         {"rho": 0.25},
-        FAMILY | ISOTROPIC,
+        C.AT_PARAMS | FAMILY | ISOTROPIC,
         (3, 3),
+    ),
+    Entry(
+        "gsam",
+        (fs.gsam,),
+        fs.gsam,
+        {"rho": 0.25, "alpha": 0.4},
+        C.AT_PARAMS | C.SPHERE | FAMILY | ISOTROPIC,
+        (2, 2),
+    ),
+    Entry(
+        "looksam",
+        (fs.looksam,),
+        lambda rho, alpha: fs.looksam(rho, alpha, k=2),
+        {"rho": 0.25, "alpha": 0.7},
+        C.AT_PARAMS | C.SPHERE | FAMILY | ISOTROPIC,
+        (2, 1, 2),
+    ),
+    Entry(
+        "msam",
+        (fs.msam,),
+        fs.msam,
+        {"rho": 0.25, "momentum": 0.6},
+        FAMILY | ISOTROPIC,
+        base=lambda: fs.trace(0.6),
     ),
     Entry(
         "chain(sam, sgd)",
         (fs.chain,),
         lambda rho, lr: fs.chain(fs.sam(rho), fs.sgd(lr, momentum=0.5)),
         {"rho": 0.25, "lr": 0.1},
-        C.SPHERE | FAMILY | ISOTROPIC,
+        C.AT_PARAMS | C.SPHERE | FAMILY | ISOTROPIC,
         (2, 2),
         base=lambda: fs.sgd(0.1, momentum=0.5),
     ),
@@ -295,7 +327,7 @@ ZOO = [
         (fs.chain,),
         lambda rho, lr: fs.chain(fs.asam(rho), fs.adam(lr, eps=0.01, weight_decay=0.1)),
         {"rho": 0.25, "lr": 0.1},
-        C.SPHERE | C.IDENTITY_AT_ZERO_RHO | C.PERMUTATIONS | C.RELABELLING,
+        C.AT_PARAMS | C.SPHERE | C.IDENTITY_AT_ZERO_RHO | C.PERMUTATIONS | C.RELABELLING,
         (2, 2),
         lambda params: optree.tree_map(torch.abs, params),
         lambda: fs.adam(0.1, eps=0.01, weight_decay=0.1),
@@ -307,7 +339,7 @@ ZOO = [
             fs.add_decayed_weights(0.1), fs.clip_by_global_norm(max_norm), fs.sam(rho), fs.trace(0.5)
         ),
         {"rho": 0.25, "max_norm": 1.3},
-        C.IDENTITY_AT_ZERO_RHO | C.ROTATIONS | C.PERMUTATIONS | C.RELABELLING,
+        C.AT_PARAMS | C.IDENTITY_AT_ZERO_RHO | C.ROTATIONS | C.PERMUTATIONS | C.RELABELLING,
         (2, 2),
         base=lambda: fs.chain(fs.add_decayed_weights(0.1), fs.clip_by_global_norm(1.3), fs.trace(0.5)),
     ),
@@ -315,21 +347,21 @@ ZOO = [
         "freeze",
         (fs.freeze,),
         lambda: fs.freeze(is_weight),
-        claims=C.LINEAR | C.FIXED_POINT,
+        claims=C.AT_PARAMS | C.LINEAR | C.FIXED_POINT,
     ),
     Entry(
         "masked",
         (fs.masked,),
         lambda factor: fs.masked(fs.scale(factor), is_weight),
         {"factor": -0.7},
-        C.LINEAR | C.FIXED_POINT,
+        C.AT_PARAMS | C.LINEAR | C.FIXED_POINT,
     ),
     Entry(
         "partition",
         (fs.partition,),
         _groups,
         {"rho": 0.25, "lr": 0.1},
-        FAMILY,
+        C.AT_PARAMS | FAMILY,
         (),
         base=lambda: fs.partition(_label, {"weights": fs.sgd(0.1, momentum=0.5), "others": fs.sgd(0.2)}),
     ),
@@ -338,7 +370,7 @@ ZOO = [
         (fs.microbatch,),
         lambda rho: _batched(fs.microbatch(fs.sam(rho), 3, chunk_size=1)),
         {"rho": 0.25},
-        FAMILY | ISOTROPIC,
+        C.AT_PARAMS | FAMILY | ISOTROPIC,
         (6, 6),
     ),
     Entry(
@@ -346,7 +378,7 @@ ZOO = [
         (fs.microbatch,),
         lambda rho: _batched(fs.chain(fs.microbatch(fs.trace(0.5), 4), fs.sam(rho))),
         {"rho": 0.25},
-        ISOTROPIC,
+        C.AT_PARAMS | ISOTROPIC,
         (2, 2),
     ),
     Entry(
@@ -354,7 +386,7 @@ ZOO = [
         (fs.ascent_batch,),
         lambda rho: _batched(fs.sharpness_aware(fs.chain(fs.ascent_batch(0.3), _climb(rho)))),
         {"rho": 0.25},
-        C.SPHERE | FAMILY | ISOTROPIC,
+        C.AT_PARAMS | C.SPHERE | FAMILY | ISOTROPIC,
         (2, 2),
     ),
     Entry(
@@ -362,7 +394,7 @@ ZOO = [
         (fs.common_randomness,),
         lambda rho: fs.chain(fs.common_randomness(), fs.sam(rho)),
         {"rho": 0.25},
-        C.SPHERE | FAMILY | ISOTROPIC,
+        C.AT_PARAMS | C.SPHERE | FAMILY | ISOTROPIC,
         (2, 2),
         compiles=False,
     ),
@@ -373,7 +405,7 @@ ZOO = [
             fs.dynamic_loss_scale(fs.chain(fs.sam(rho), fs.sgd(lr, momentum=0.5)), growth_interval=1)
         ),
         {"rho": 0.25, "lr": 0.1},
-        C.SPHERE | C.IDENTITY_AT_ZERO_RHO | C.FIXED_POINT | ISOTROPIC,
+        C.AT_PARAMS | C.SPHERE | C.IDENTITY_AT_ZERO_RHO | C.FIXED_POINT | ISOTROPIC,
         (2, 2),
         base=lambda: fs.sgd(0.1, momentum=0.5),
     ),
@@ -382,7 +414,7 @@ ZOO = [
         (fs.apply_if_finite,),
         lambda rho, lr: fs.apply_if_finite(fs.chain(fs.sam(rho), fs.sgd(lr, momentum=0.5))),
         {"rho": 0.25, "lr": 0.1},
-        C.IDENTITY_AT_ZERO_RHO | C.FIXED_POINT | ISOTROPIC,
+        C.AT_PARAMS | C.IDENTITY_AT_ZERO_RHO | C.FIXED_POINT | ISOTROPIC,
         (2, 2),
         base=lambda: fs.sgd(0.1, momentum=0.5),
     ),

@@ -158,3 +158,11 @@ def same(where: str, what: str, tree: Tree, like: Tree, like_what: str = "params
         if x.shape != y.shape:
             got = f"{tuple(x.shape)} for {tuple(y.shape)}"
             raise ValueError(f"{where}: `{what}` must have the shapes of `{like_what}`, got {got}{_at(path)}.")
+
+
+def dtypes(where: str, what: str, tree: Tree, like: Tree, like_what: str = "params") -> None:
+    """Raises unless the leaves of `tree`, whose structure is that of `like`, have the dtypes of its leaves."""
+    for path, x, y in zip(paths(like), optree.tree_leaves(tree), optree.tree_leaves(like), strict=True):
+        if x.dtype is not y.dtype:
+            got = f"{x.dtype} for {y.dtype}"
+            raise ValueError(f"{where}: `{what}` must have the dtypes of `{like_what}`, got {got}{_at(path)}.")

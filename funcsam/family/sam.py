@@ -1,17 +1,15 @@
 """SAM and its adaptive form, ASAM."""
 
-from typing import Any
-
 from funcsam.core import checks
 from funcsam.core.records import factory
 from funcsam.core.transform import Transform, chain
-from funcsam.core.types import Aux, GradsFn, Mask, P, State
+from funcsam.core.types import Aux, GradsFn, Hyper, Mask, P, State
 from funcsam.family.sharpness_aware import sharpness_aware
 from funcsam.transforms.scaling import normalize, scale, scale_by_magnitude
 
 
 @factory
-def sam(rho: Any = 0.05) -> Transform:
+def sam(rho: Hyper = 0.05) -> Transform:
     """Replaces the gradient at `w` by the gradient at the worst point nearby, `w + rho g / ||g||`.
 
     The norm is global: taken over all leaves, also where `rho` differs between them.
@@ -43,13 +41,13 @@ def sam(rho: Any = 0.05) -> Transform:
     return sharpness_aware(plain_ascent(rho))
 
 
-def plain_ascent(rho: Any) -> Transform:
+def plain_ascent(rho: Hyper) -> Transform:
     """Returns the chain from gradient to perturbation of `sam`."""
     return chain(normalize(), scale(rho))
 
 
 @factory
-def asam(rho: Any = 2.0, eta: Any = 0.0, mask: Mask = None) -> Transform:
+def asam(rho: Hyper = 2.0, eta: Hyper = 0.0, mask: Mask = None) -> Transform:
     """Climbs in a neighbourhood that scales with the params: `e = rho T^2 g / ||T g||`, `T = |w| + eta`.
 
     Two conventions are in use, with radii that differ accordingly. The default is that of the widely copied PyTorch
@@ -84,14 +82,14 @@ def asam(rho: Any = 2.0, eta: Any = 0.0, mask: Mask = None) -> Transform:
     return sharpness_aware(adaptive_ascent(rho, eta, mask))
 
 
-def adaptive_ascent(rho: Any, eta: Any, mask: Mask) -> Transform:
+def adaptive_ascent(rho: Hyper, eta: Hyper, mask: Mask) -> Transform:
     """Returns the chain from gradient to perturbation of `asam`."""
     magnitude = scale_by_magnitude(eta, mask)
     return chain(magnitude, normalize(), magnitude, scale(rho))
 
 
 def sam_update(
-    params: P, grads_fn: GradsFn[P], state: State, *batch: Any, rho: Any = 0.05, adaptive: bool = False
+    params: P, grads_fn: GradsFn[P], state: State, *batch: object, rho: Hyper = 0.05, adaptive: bool = False
 ) -> tuple[P, State, Aux]:
     """Returns the sharpness-aware gradient as a plain function: `sam(rho).update`, or `asam(rho).update`.
 

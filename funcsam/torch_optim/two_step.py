@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from funcsam.core import checks, tree
+from funcsam.core.evaluations import given
 from funcsam.core.transform import Transform
 from funcsam.core.types import State, Tree
 from funcsam.family.sam import adaptive_ascent, plain_ascent
-from funcsam.family.sharpness_aware import Combine, check_ascent
+from funcsam.family.sharpness_aware import Combine, SharpnessAwareState, check_ascent, check_combine
 from funcsam.torch_optim.base import KEY, Closure, Groups, TreeOptimizer, add, clones, copy
 
 FirstPass = Literal["auto", "closure", "gradients"]
@@ -21,16 +22,16 @@ class _SavedStep(NamedTuple):
     """What must come back after the second pass.
 
     Attributes:
-        params: Groups as they were, by group.
+        params: Params as they were, by group.
         grads: Gradients of the first pass by group, if they are needed again; `None` where there was none.
-        state: State of the ascent after this step.
+        state: Number of steps before this one, and the state of the ascent after it.
         buffers: Buffers as the first pass left them.
         finite: Whether the first pass was, if that was asked.
     """
 
     params: list[list[Tensor]]
     grads: list[list[Tensor | None]] | None
-    state: State
+    state: SharpnessAwareState
     buffers: list[Tensor]
     finite: Tensor | None
 
@@ -62,7 +63,8 @@ class SharpnessAware(TreeOptimizer):
         base_optimizer: The optimizer class for the descent, e.g. `torch.optim.SGD`.
         ascent: A chain from gradient to perturbation, as in `sharpness_aware`. Its trees are lists of groups, and a
             group is the list of its params, so that a prefix such as `rho=[0.05, 0.1]` is one number per group.
-        combine: `combine(grads, probe)` from the gradients of both passes to that of the step; `None` takes the second.
+        combine: `combine(grads, probe, step)` from the gradients of both passes, and the number of steps so far (int64,
+            shape ()), to the gradient of the step; `None` takes the second.
         model: The module whose buffers (running statistics) the second pass must leave as the first pass left them, or
             its buffers, if it writes to them and does not replace them.
         first_pass: Where the first gradient comes from in `step(closure)`. `"closure"`: from the closure, which is
@@ -87,8 +89,7 @@ class SharpnessAware(TreeOptimizer):
         **kwargs: Tree,
     ) -> None:
         check_ascent("SharpnessAware", ascent)
-        if combine is not None:
-            checks.function("SharpnessAware", combine=combine)
+        check_combine("SharpnessAware", combine)
         self._ascent, self._combine = ascent, combine
         self._start(params, base_optimizer, {}, model, first_pass, kwargs)
 
@@ -113,7 +114,7 @@ class SharpnessAware(TreeOptimizer):
         super().__init__(alike, own | self.base_optimizer.defaults, model)
         self._connect()
         self.first_pass = first_pass
-        self._state: State = None
+        self._state: SharpnessAwareState | None = None
         self._saved_step: _SavedStep | None = None
 
     def _connect(self) -> None:
@@ -125,6 +126,7 @@ class SharpnessAware(TreeOptimizer):
     def __setstate__(self, state: dict[str, Tree]) -> None:
         """Restores what was pickled; the hook on the base optimizer is not pickled with it."""
         super().__setstate__(state)
+        self._put_state(self._state)
         self._connect()
 
     def _share_state(self) -> None:
@@ -153,8 +155,8 @@ class SharpnessAware(TreeOptimizer):
     def _ascend(self, zero_grad: bool, check: bool = False) -> None:
         self._refuse_two()
         values, grads, climb = self._values(), self._grads(), self._ascent_of_step()
-        state = climb.init(values) if self._state is None else self._state
-        offset, state, _ = climb.update(values, lambda params: grads, state)
+        state = SharpnessAwareState(tree.counter(values), climb.init(values)) if self._state is None else self._state
+        offset, climbed, _ = climb.update(values, given(grads), state.ascent)
         before = [clones(group) for group in values]
         finite = tree.all_finite(grads) if check else None
         kept = None
@@ -163,7 +165,7 @@ class SharpnessAware(TreeOptimizer):
                 [None if p.grad is None else g.clone() for p, g in zip(group["params"], mine, strict=True)]
                 for group, mine in zip(self.param_groups, grads, strict=True)
             ]
-        self._saved_step = _SavedStep(before, kept, state, clones(self._buffers()), finite)
+        self._saved_step = _SavedStep(before, kept, state._replace(ascent=climbed), clones(self._buffers()), finite)
         add(values, offset)
         if zero_grad:
             self.zero_grad()
@@ -184,20 +186,20 @@ class SharpnessAware(TreeOptimizer):
         self.restore()
         if saved.finite is None or saved.finite:
             if self._combine is not None and saved.grads is not None:
-                self._put_combined(self._combine, saved.grads)
-            self._state = saved.state
+                self._put_combined(self._combine, saved.grads, saved.state.step)
+            self._state = saved.state._replace(step=saved.state.step + 1)
             self.base_optimizer.step()
         self._opt_called = True  # what torch's schedulers look at
         if zero_grad:
             self.zero_grad()
 
-    def _put_combined(self, combine: Combine, kept: list[list[Tensor | None]]) -> None:
+    def _put_combined(self, combine: Combine, kept: list[list[Tensor | None]], step: Tensor) -> None:
         """Sets the gradients of the step; one that only one pass has counts as zero in the other."""
         first = [
             [torch.zeros_like(p) if g is None else g for p, g in zip(group["params"], mine, strict=True)]
             for group, mine in zip(self.param_groups, kept, strict=True)
         ]
-        combined = combine(first, self._grads())
+        combined = combine(first, self._grads(), step)
         for group, mine, grads in zip(self.param_groups, kept, combined, strict=True):
             for p, g, new in zip(group["params"], mine, grads, strict=True):
                 if p.grad is not None or g is not None:
@@ -273,7 +275,7 @@ class SharpnessAware(TreeOptimizer):
         return second if present else first
 
     def state_dict(self) -> dict[str, Tree]:
-        """Returns the state of the base optimizer and of the ascent.
+        """Returns the state of the base optimizer, the number of steps and the state of the ascent.
 
         Raises:
             RuntimeError: Between `first_step` and `second_step`, where the params are not those of the run.
@@ -283,9 +285,16 @@ class SharpnessAware(TreeOptimizer):
         return {**self.base_optimizer.state_dict(), KEY: self._state}
 
     def load_state_dict(self, state_dict: Mapping[str, Tree]) -> None:
-        """Loads what `state_dict` returned; the next step is that of the run it was taken from."""
+        """Loads what `state_dict` returned; the next step is that of the run it was taken from.
+
+        Version 0.1.0 saved the state of the ascent without the number of steps, which starts at zero then.
+        """
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
-        self._state = state_dict.get(KEY)
+        self._put_state(state_dict.get(KEY))
+
+    def _put_state(self, state: State) -> None:
+        old = not (state is None or isinstance(state, SharpnessAwareState))
+        self._state = SharpnessAwareState(tree.counter(self._values()), state) if old else state
 
     _pickled: ClassVar[tuple[str, ...]] = (
         "base_optimizer",

@@ -79,7 +79,7 @@ def normalize() -> Transform:
     """
 
     def update(grads: Params, state: State, params: Params) -> tuple[Params, State]:
-        return tree.scale(tree.reciprocal(tree.norm(grads)), grads), state
+        return tree.unit(grads), state
 
     return lift(lambda params: (), update, ())
 

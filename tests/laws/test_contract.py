@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcsam as fs
+from funcsam.core import tree
 from tests.asserts import close, defaults, equal
 from tests.strategies import Pair, Problem, call, problems, run, spied, structural
 from tests.zoo import ZOO, Claim, claiming, each
@@ -100,7 +101,7 @@ def test_state_depends_on_shapes_only(entry, problem):
     equal(entry().init(nans), entry().init(problem.params))
 
 
-@each
+@claiming(Claim.AT_PARAMS)
 @structural
 @given(problem=problems())
 def test_probes_leave_no_trace(entry, problem):
@@ -118,13 +119,25 @@ def test_probes_leave_no_trace(entry, problem):
 @structural
 @given(problem=problems())
 def test_evaluations(entry, problem):
-    """As many gradients are asked for as the entry says, the first at the params."""
+    """As many gradients are asked for as the entry says, step by step."""
     tx, state = entry(), entry().init(problem.params)
     for wanted in entry.evaluations:
         spy, points = spied(problem.grads_fn)
         _, state, _ = tx.update(problem.params, spy, state)
         assert len(points) == wanted
-        equal(points[0], problem.params)
+
+
+@claiming(Claim.AT_PARAMS)
+@structural
+@given(problem=problems())
+def test_the_first_gradient_is_asked_for_at_the_params(entry, problem):
+    """At every step, whatever the state; `aux` and the states upstream are those of this evaluation."""
+    tx, params, state = entry(), problem.params, entry().init(problem.params)
+    for _ in range(3):
+        spy, points = spied(problem.grads_fn)
+        updates, state, _ = tx.update(params, spy, state)
+        equal(points[0], params)
+        params = tree.add(params, updates)
 
 
 @each

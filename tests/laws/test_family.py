@@ -267,8 +267,8 @@ def test_one_radius_per_leaf(problem, rhos):
 def test_combine(problem, rho):
     """`combine` gets the gradient at the params and the one at the ascent, in this order."""
     climb = fs.chain(fs.normalize(), fs.scale(rho))
-    first = fs.sharpness_aware(climb, combine=lambda grads, probe: grads)
-    second = fs.sharpness_aware(climb, combine=lambda grads, probe: probe)
+    first = fs.sharpness_aware(climb, combine=lambda grads, probe, step: grads)
+    second = fs.sharpness_aware(climb, combine=lambda grads, probe, step: probe)
     equal(call(first, problem)[0], problem.grads)
     equal(call(second, problem)[0], call(fs.sam(rho), problem)[0])
 

@@ -350,6 +350,9 @@ PROBING = {
     "sam": fs.sam(),
     "asam": fs.asam(),
     "sharpness_aware": fs.sharpness_aware(climb()),
+    "gsam": fs.gsam(),
+    "looksam": fs.looksam(),
+    "msam": fs.msam(),
     "chain": fs.chain(fs.chain(fs.trace(), fs.sam()), fs.normalize()),
     "partition": fs.partition(is_weight, {True: fs.sam(), False: fs.identity()}),
     "masked": fs.masked(fs.sam(), is_weight),
@@ -371,7 +374,8 @@ def test_an_ascent_that_probes_is_refused(name):
     for where, make in makes.items():
         with pytest.raises(ValueError) as caught:  # noqa: PT011
             make(PROBING[name])
-        found = {"asam": "asam()", "sharpness_aware": "sharpness_aware(ascent=chain(normalize(), scale(factor=0.1)))"}
+        found = {name: f"{name}()" for name in ("asam", "gsam", "looksam", "msam")}
+        found |= {"sharpness_aware": "sharpness_aware(ascent=chain(normalize(), scale(factor=0.1)))"}
         assert str(caught.value) == (
             f"{where}: `ascent` must map gradients to a perturbation, got {found.get(name, 'sam()')}, which asks for "
             "gradients of its own. Pass how to climb, such as `chain(normalize(), scale(rho))`."
