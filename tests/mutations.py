@@ -1577,13 +1577,17 @@ NOISE = node("compare", "noise_is_exact_and_symmetric_noise_draws_from_all_class
 SHUFFLES = node("compare", "every_seed_and_every_epoch_shuffles_anew")
 
 MUTATIONS += [
-    Mutation("sam has another radius", "family/sam.py", "def sam(rho: Any = 0.05)", "def sam(rho: Any = 0.1)", UNSAID),
-    Mutation("asam has another radius", "family/sam.py", "def asam(rho: Any = 2.0", "def asam(rho: Any = 0.5", UNSAID),
+    Mutation(
+        "sam has another radius", "family/sam.py", "def sam(rho: Hyper = 0.05)", "def sam(rho: Hyper = 0.1)", UNSAID
+    ),
+    Mutation(
+        "asam has another radius", "family/sam.py", "def asam(rho: Hyper = 2.0", "def asam(rho: Hyper = 0.5", UNSAID
+    ),
     Mutation(
         "sam_update has another radius",
         "family/sam.py",
-        "*batch: Any, rho: Any = 0.05",
-        "*batch: Any, rho: Any = 0.1",
+        "*batch: object, rho: Hyper = 0.05",
+        "*batch: object, rho: Hyper = 0.1",
         UNSAID,
     ),
     Mutation(
@@ -2374,7 +2378,7 @@ MUTATIONS += [
         "schedules.at(alpha, state.step + 1)",
         READ,
     ),
-    Mutation("looksam passes for an ascent", "family/looksam.py", "probing._probes = True", "", NO_ASCENT),
+    Mutation("looksam passes for an ascent", "family/looksam.py", "probes=True", "probes=False", NO_ASCENT),
     Mutation(
         "msam goes the other way",
         "family/msam.py",
@@ -2406,19 +2410,19 @@ MUTATIONS += [
         "schedules.at(momentum, state.step + 1)",
         READ,
     ),
-    Mutation("msam passes for an ascent", "family/msam.py", "probing._probes = True", "", NO_ASCENT),
+    Mutation("msam passes for an ascent", "family/msam.py", "probes=True", "probes=False", NO_ASCENT),
     Mutation(
         "the front end does not count",
         "torch_optim/two_step.py",
-        "between.state._replace(step=between.state.step + 1)",
-        "between.state",
+        "saved.state._replace(step=between.state.step + 1)",
+        "saved.state",
         COUNTED,
     ),
     Mutation(
         "the front end counts a step early",
         "torch_optim/two_step.py",
-        "between.grads, between.state.step)",
-        "between.grads, between.state.step + 1)",
+        "saved.grads, saved.state.step)",
+        "saved.grads, saved.state.step + 1)",
         COUNTED,
     ),
     Mutation(
