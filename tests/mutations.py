@@ -2414,7 +2414,7 @@ MUTATIONS += [
     Mutation(
         "the front end does not count",
         "torch_optim/two_step.py",
-        "saved.state._replace(step=between.state.step + 1)",
+        "saved.state._replace(step=saved.state.step + 1)",
         "saved.state",
         COUNTED,
     ),
