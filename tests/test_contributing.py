@@ -26,7 +26,7 @@ def tree(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "funcsam" / "family" / "mean_sam.py").write_text(step("file"))
     zoo, package = tmp_path / "tests" / "zoo.py", tmp_path / "funcsam" / "__init__.py"
-    zoo.write_text(zoo.read_text().replace("\nZOO = [\n", f"\nZOO = [\n{step('registry')}", 1))
+    zoo.write_text(zoo.read_text().replace("\nZOO = [\n", f"\nZOO = [\n    {step('registry').strip()},\n", 1))
     text = package.read_text().replace("__all__ = [\n", '__all__ = [\n    "mean_sam",\n', 1)
     package.write_text(
         text.replace("from funcsam.family.sam import", f"{step('export')}from funcsam.family.sam import", 1)

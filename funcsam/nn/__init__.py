@@ -12,7 +12,7 @@ Buffers go in with the batch and come out as `aux`, so that running statistics a
 probes leave no trace in them, whatever the type of the module that writes them.
 """
 
-from funcsam.nn.loss import ModuleLoss, loss_fn, predict
+from funcsam.nn.loss import loss_fn, predict
 from funcsam.nn.modules import load, split
 
-__all__ = ["ModuleLoss", "load", "loss_fn", "predict", "split"]
+__all__ = ["load", "loss_fn", "predict", "split"]
