@@ -21,6 +21,7 @@ __all__ = [
     "add",
     "add_scaled",
     "all_finite",
+    "counter",
     "divide",
     "dot",
     "lerp",
