@@ -19,6 +19,7 @@ __all__ = [
     "add",
     "add_scaled",
     "all_finite",
+    "counter",
     "divide",
     "dot",
     "lerp",

@@ -38,7 +38,8 @@ def msam(rho: Hyper = 0.3, momentum: ScalarOrSchedule = 0.9) -> Transform:
 
     Returns:
         A `Transform` that evaluates `grads_fn` once a step, and not at the params: its `aux`, such as the loss, and the
-        states upstream are those of the perturbed point.
+        states upstream are those of the perturbed point. Inside `partition` and `masked`, which evaluate at the params
+        and return the aux from there, it costs one evaluation more.
 
     Raises:
         ValueError: If `rho` is negative or not finite, or `momentum` is out of range.
