@@ -49,8 +49,9 @@ class Mutation(NamedTuple):
 
 
 def node(file: str, *names: str) -> tuple[str, ...]:
-    """Names tests of a file."""
-    return tuple(f"tests/test_{file}.py::test_{name}" for name in names)
+    """Names tests of a file, in whichever folder it is."""
+    (path,) = ROOT.glob(f"tests/**/test_{file}.py")
+    return tuple(f"{path.relative_to(ROOT)}::test_{name}" for name in names)
 
 
 def laws(file: str, *names: str) -> tuple[str, ...]:
@@ -58,8 +59,8 @@ def laws(file: str, *names: str) -> tuple[str, ...]:
     return tuple(f"tests/laws/test_{file}.py::test_{name}" for name in names)
 
 
-CLOSED, SCHEDULES = ("tests/test_closed_forms.py",), ("tests/test_schedules.py",)
-MESSAGES, GRADIENTS = ("tests/test_messages.py",), ("tests/test_gradients.py",)
+CLOSED, SCHEDULES = ("tests/core/test_closed_forms.py",), ("tests/core/test_schedules.py",)
+MESSAGES, GRADIENTS = ("tests/core/test_messages.py",), ("tests/core/test_gradients.py",)
 ORDERS, NUMERICS = ("tests/laws/test_order.py",), ("tests/laws/test_numerics.py",)
 PARITY = ("tests/parity",)
 
@@ -305,7 +306,7 @@ MUTATIONS = [
         "core/levels.py",
         '"meta") else torch.float32',
         '"meta") else torch.float64',
-        ("tests/test_schedules.py",),
+        ("tests/core/test_schedules.py",),
     ),
     Mutation(
         "sgd decays behind the momentum",
@@ -339,10 +340,10 @@ MUTATIONS = [
     ),
 ]
 
-NN, BATCHES = ("tests/test_nn.py",), ("tests/laws/test_batches.py",)
-GROUPS, ENSEMBLE = ("tests/laws/test_groups.py",), ("tests/test_ensemble.py",)
-SCALING, RANDOM = ("tests/test_loss_scale.py",), ("tests/test_randomness.py",)
-HYPER = ("tests/test_hypergradients.py",)
+NN, BATCHES = ("tests/nn/test_nn.py",), ("tests/laws/test_batches.py",)
+GROUPS, ENSEMBLE = ("tests/laws/test_groups.py",), ("tests/ensemble/test_ensemble.py",)
+SCALING, RANDOM = ("tests/transforms/test_loss_scale.py",), ("tests/transforms/test_randomness.py",)
+HYPER = ("tests/core/test_hypergradients.py",)
 
 MUTATIONS += [
     Mutation(
@@ -646,7 +647,7 @@ MUTATIONS += [
     ),
 ]
 
-FRONT = ("tests/test_torch_optim.py",)
+FRONT = ("tests/torch_optim/test_torch_optim.py",)
 
 MUTATIONS += [
     Mutation(
@@ -746,11 +747,11 @@ MUTATIONS += [
 ]
 
 
-FAULTS = ("tests/test_faults.py",)
-SHARDED = ("tests/test_sharded.py",)
-RESUME = ("tests/test_resume.py",)
-FRONT_END = ("tests/test_torch_optim.py",)
-FINITE = ("tests/test_finite.py",)
+FAULTS = ("tests/distributed/test_faults.py",)
+SHARDED = ("tests/distributed/test_sharded.py",)
+RESUME = ("tests/distributed/test_resume.py",)
+FRONT_END = ("tests/torch_optim/test_torch_optim.py",)
+FINITE = ("tests/transforms/test_finite.py",)
 
 MUTATIONS += [
     Mutation(
@@ -845,7 +846,7 @@ MUTATIONS += [
 ]
 
 
-PLANE = ("tests/test_landscape.py",)
+PLANE = ("tests/measures/test_landscape.py",)
 PICTURES = ("tests/test_pictures.py",)
 IMAGES = ("tests/test_augment.py", "tests/test_cifar10.py")
 COMPARE = ("tests/test_compare_cifar10.py",)
@@ -910,7 +911,7 @@ MUTATIONS += [
 ]
 
 
-MEASURES = ("tests/test_measures.py",)
+MEASURES = ("tests/measures/test_measures.py",)
 
 MUTATIONS += [
     Mutation(
@@ -1925,13 +1926,13 @@ MUTATIONS += [
 ]
 
 
-DERIVATIVES = ("tests/test_derivatives.py",)
-MODES = ("tests/test_modes.py",)
+DERIVATIVES = ("tests/core/test_derivatives.py",)
+MODES = ("tests/core/test_modes.py",)
 
 
 def cells(*whats: str) -> tuple[str, ...]:
     """Returns rows of the table of derivatives."""
-    return tuple(f"tests/test_derivatives.py::test_each_cell_of_the_table[{what}]" for what in whats)
+    return tuple(f"tests/core/test_derivatives.py::test_each_cell_of_the_table[{what}]" for what in whats)
 
 
 MUTATIONS += [
@@ -1940,7 +1941,7 @@ MUTATIONS += [
         "core/tree.py",
         "if not any(found) or frames.differentiating():",
         "if True:",
-        (*laws("contract", "no_graph_from_nothing"), "tests/test_gradients.py"),
+        (*laws("contract", "no_graph_from_nothing"), "tests/core/test_gradients.py"),
     ),
     Mutation(
         "params that are no leaves are values", "core/tree.py", "else x.is_leaf)", "else True)", cells("initial params")
@@ -2139,7 +2140,7 @@ MUTATIONS += [
         "core/gradients.py",
         "g if g.layout is torch.strided else g.to_dense() for",
         "g for",
-        ("tests/test_gradients.py",),
+        ("tests/core/test_gradients.py",),
     ),
     Mutation(
         "any word is a choice",
@@ -2153,7 +2154,7 @@ MUTATIONS += [
         "core/checks.py",
         "if isinstance(value, bool) or not isinstance(value, int):",
         "if not isinstance(value, int):",
-        ("tests/test_messages.py",),
+        ("tests/core/test_messages.py",),
     ),
     Mutation(
         "anything is a transform",
@@ -2171,7 +2172,7 @@ CHOICE = node(
 REFUSED = node("evaluations", "branches_that_differ_are_refused", "other_picks_are_refused")
 COMBINATION = node("evaluations", "a_combination_is_given_the_step", "a_combination_of_other_arguments_is_refused")
 HELD = node("evaluations", "nothing_else_is_held_at_the_probe")
-TREE, MEMBERS_OF_THE_FAMILY = ("tests/test_tree.py",), ("tests/test_family_members.py",)
+TREE, MEMBERS_OF_THE_FAMILY = ("tests/core/test_tree.py",), ("tests/family/test_family_members.py",)
 NO_ASCENT = laws("objects", "an_ascent_that_probes_is_refused")
 READ = laws("family", "a_schedule_is_read_at_0_1_2")
 COUNTED = node("torch_optim", "a_combination_sees_the_step", "the_number_of_steps_is_saved")

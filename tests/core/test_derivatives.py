@@ -13,7 +13,7 @@ import funcsam as fs
 from tests.asserts import close
 
 F64 = torch.float64
-TABLE = pathlib.Path(__file__).parents[1] / ".ci" / "docs" / "derivatives.md"
+TABLE = pathlib.Path(__file__).parents[2] / ".ci" / "docs" / "derivatives.md"
 
 
 def tensor(*values):

@@ -14,7 +14,7 @@ import torch
 
 import funcsam as fs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / ".ci" / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "notebooks" not in page.parts)
 MODULES = {"funcsam": fs} | {f"funcsam.{n}": m for n, m in vars(fs).items() if n in fs.__all__ and inspect.ismodule(m)}

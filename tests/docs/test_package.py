@@ -14,7 +14,7 @@ import pytest
 
 import funcsam as fs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = ("funcsam", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff")
 
 

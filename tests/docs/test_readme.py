@@ -9,7 +9,7 @@ import torch
 
 import funcsam as fs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 DOCS = {page.stem: page.read_text() for page in (ROOT / ".ci" / "docs").glob("*.md")}
 PERCENT = ("test_error", "noisy_fit")

@@ -16,8 +16,8 @@ from torch import nn
 import funcsam as fs
 from funcsam import measures
 from tests.asserts import close, equal
+from tests.core.test_messages import refuses
 from tests.strategies import ensembles, flat, member, positives, problems, stack, structural, unflat
-from tests.test_messages import refuses
 
 A = torch.tensor([[2.0, 1.0, 0.0], [1.0, -6.0, 0.5], [0.0, 0.5, 1.0]], dtype=torch.float64)
 B = torch.tensor([0.3, 0.8, -0.2], dtype=torch.float64)

@@ -18,7 +18,7 @@ import funcsam as fs
 from funcsam.core import tree
 from tests.asserts import close, equal
 
-TABLE = Path(__file__).parents[1] / ".ci" / "docs" / "limits.md"
+TABLE = Path(__file__).parents[2] / ".ci" / "docs" / "limits.md"
 W = torch.tensor([1.0, 2.0], dtype=torch.float64)
 
 

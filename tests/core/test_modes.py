@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 import funcsam as fs
 from tests.asserts import close, equal
 
-TABLE = pathlib.Path(__file__).parents[1] / ".ci" / "docs" / "modes.md"
+TABLE = pathlib.Path(__file__).parents[2] / ".ci" / "docs" / "modes.md"
 
 
 class Half(nn.Module):

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import funcsam as fs
 from funcsam.distributed import all_reduce_mean
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LEAVES, LEAF_BYTES = 6, 400
 NAMES = {"aten.cat": "cat", "_c10d_functional.all_reduce": "launch", "_c10d_functional.wait_tensor": "wait"}
 
