@@ -143,8 +143,8 @@ MUTATIONS = [
     Mutation(
         "aux of the probe is kept",
         "family/sharpness_aware.py",
-        "probe, _ = grads_fn(point, *batch)",
-        "probe, aux = grads_fn(point, *batch)",
+        "            probe, _ = grads_fn(point, *batch)",
+        "            nonlocal aux\n            probe, aux = grads_fn(point, *batch)",
         laws("contract", "probes_leave_no_trace"),
     ),
     Mutation(
