@@ -144,8 +144,8 @@ MUTATIONS = [
     Mutation(
         "aux of the probe is kept",
         "family/sharpness_aware.py",
-        "probe, _ = grads_fn(point, *batch)",
-        "probe, aux = grads_fn(point, *batch)",
+        "            probe, _ = grads_fn(point, *batch)",
+        "            nonlocal aux\n            probe, aux = grads_fn(point, *batch)",
         laws("contract", "probes_leave_no_trace"),
     ),
     Mutation(
@@ -2241,20 +2241,27 @@ MUTATIONS += [
         TREE,
     ),
     Mutation(
+        "the inner product of shards is that of one rank",
+        "core/tree.py",
+        "shards.total(products, _sum) if shards.among(products) else _sum(products)",
+        "_sum([a.to_local() if shards.sharded(a) else a for a in products])",
+        SHARDED,
+    ),
+    Mutation(
         "the rest has the part twice", "core/tree.py", "_add_scaled(a, -share, b)", "_add_scaled(a, share, b)", TREE
     ),
-    Mutation("rounding is left", "core/tree.py", "where(lost, zeros_like(rest), rest)", "rest", TREE),
+    Mutation("rounding is left", "core/tree.py", "torch.where(lost, 0.0, a)", "a", TREE),
     Mutation(
         "the rounding of the entries is forgotten",
         "core/tree.py",
-        "tolerance = eps + 16 * min",
-        "tolerance = 16 * min",
+        "tolerance = eps + 64 * min",
+        "tolerance = 64 * min",
         TREE,
     ),
     Mutation(
         "the rounding of the sums is forgotten",
         "core/tree.py",
-        "tolerance = eps + 16 * min(eps, torch.finfo(torch.float32).eps)",
+        "tolerance = eps + 64 * min(eps, torch.finfo(torch.float32).eps)",
         "tolerance = eps",
         TREE,
     ),
@@ -2262,8 +2269,8 @@ MUTATIONS += [
     Mutation(
         "sums in half precision round as it does",
         "core/tree.py",
-        "16 * min(eps, torch.finfo(torch.float32).eps)",
-        "16 * eps",
+        "64 * min(eps, torch.finfo(torch.float32).eps)",
+        "64 * eps",
         TREE,
     ),
     Mutation(

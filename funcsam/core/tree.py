@@ -342,13 +342,13 @@ def reject(x: P, y: Tree) -> P:
     """Returns the part of `x` that is orthogonal to `y`, exactly zero where only rounding is left of it.
 
     `r = x - (<x, y> / <y, y>) y`, with the inner product of `dot` over the whole trees. Leaves of half precision are
-    computed in float32. If `x` and `y` are parallel, `r` is rounding, which whoever normalises it would blow up. So
-    `r` is zero if `||r|| < t ||x - r||`, with `t = eps + 16 min(eps, eps_32)`:
+    computed in float32. If `x` and `y` are parallel, the difference is rounding, and a normalisation would make a
+    direction of it. So `r` is zero if `||r|| < t ||x - r||`, with `t = eps + 64 min(eps, eps_32)`:
 
     - `eps` is that of the coarsest dtype among the leaves (1.2e-7 in float32, 7.8e-3 in bfloat16). Entries that are
       numbers of this dtype are known to `eps / 2` of their size, in `x` and in `y` alike, so that a shorter `r` says
       nothing.
-    - 16 of the dtype that is computed in are for the sums of many products (`eps_32` is that of float32).
+    - 64 of the dtype that is computed in are for the sums of many products (`eps_32` is that of float32).
 
     Args:
         x: A pytree of tensors.
@@ -370,14 +370,14 @@ def reject(x: P, y: Tree) -> P:
         return x
     eps = max(torch.finfo(leaf.dtype).eps for leaf in (*xs, *ys))
     wide, other = widened(xs), widened(ys)
-    square = dot(other, other)
+    square = dot(other, other)  # whose sums are exact enough for the tolerance; those of `norm` are not
     zero = square == 0
     share = torch.where(zero, 0.0, dot(wide, other) / torch.where(zero, 1.0, square))
     share = share + (square - square)  # NaN if the square is infinite, where the quotient says 0
     rest = [_add_scaled(a, -share, b) for a, b in zip(wide, other, strict=True)]
-    tolerance = eps + 16 * min(eps, torch.finfo(torch.float32).eps)
+    tolerance = eps + 64 * min(eps, torch.finfo(torch.float32).eps)
     lost = norm(rest) < tolerance * (share.abs() * square.sqrt())
-    return unflatten(spec, kernels.cast(where(lost, zeros_like(rest), rest), xs), x)
+    return unflatten(spec, kernels.cast([torch.where(lost, 0.0, a) for a in rest], xs), x)
 
 
 def reciprocal(x: Tensor) -> Tensor:
