@@ -38,7 +38,11 @@ html_theme = "furo"
 html_title = f"funcsam {release}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
-html_theme_options = {"source_repository": "https://github.com/funcsam/funcsam/", "source_branch": "main"}
+html_theme_options = {
+    "source_repository": "https://github.com/funcsam/funcsam/",
+    "source_branch": "main",
+    "source_directory": ".ci/docs/",
+}
 
 
 def _copy_notebooks() -> None:

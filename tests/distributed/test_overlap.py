@@ -1,6 +1,6 @@
 """Buckets overlap: every all-reduce is launched before the first is waited for, and no launch waits for other ranks.
 
-As a script it is the worker of the last test: torchrun --nproc-per-node=2 tests/test_overlap.py OUT
+As a script it is the worker of the last test: torchrun --nproc-per-node=2 tests/distributed/test_overlap.py OUT
 """
 
 import subprocess

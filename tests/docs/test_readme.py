@@ -79,11 +79,13 @@ def test_the_results_are_those_of_the_committed_runs():
     assert measures["settings"].items() >= run["settings"].items()
     short, full = between("results", README), between("results", DOCS["results"])
     for name, final in run["final"].items():
-        top = measures["measures"]["largest eigenvalue"][name]
-        curvature = f"{top['mean']:.2f} ± {top['standard_error']:.2f}"
+        found = [measures["measures"][what][name] for what in ("largest eigenvalue", "worst case, rho 0.5")]
+        curvature, worst = (f"{each['mean']:.2f} ± {each['standard_error']:.2f}" for each in found)
         assert f"| `{name}` | {cells(final)} | {curvature} | {final['ratio']:.2f} |" in short
         rise = f"{final['sharpness']['mean']:.4f} ± {final['sharpness']['standard_error']:.4f}"
-        assert f"| `{name}` | {cells(final)} | {rise} | {final['ratio']:.2f} |" in full
+        assert f"| `{name}` | {cells(final)} | {curvature} | {worst} | {rise} | {final['ratio']:.2f} |" in full
+    assert f"on {measures['examples']} training examples" in " ".join(full.split())
+    assert f"({measures['options']['steps']} steps of ascent)" in full
     for text in (short, full):
         assert f"torch {run['versions']['torch']}" in text
         assert f"{run['settings']['seeds']} seeds" in text
