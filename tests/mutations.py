@@ -2243,7 +2243,7 @@ MUTATIONS += [
     Mutation(
         "the inner product of shards is that of one rank",
         "core/tree.py",
-        "shards.total(products, _sum) if shards.among(products) else _sum(products)",
+        "shards.total(products, _sum) if shards.any_sharded(products) else _sum(products)",
         "_sum([a.to_local() if shards.sharded(a) else a for a in products])",
         SHARDED,
     ),

@@ -1,4 +1,4 @@
-"""Two ways to do without an evaluation of the gradient: a branch that need not take one, and a gradient in hand."""
+"""Two ways to save an evaluation of the gradient: a branch, and a gradient that is already known."""
 
 from collections.abc import Callable
 
@@ -43,12 +43,12 @@ def either(pick: Tensor | bool, yes: Callable[[], P], no: Callable[[], P]) -> P:
 
 
 def given(grads: P) -> Callable[..., tuple[P, tuple[()]]]:
-    """Returns a gradient in hand as a grads_fn, so that an ascent asked with it costs no evaluation.
+    """Returns a known gradient as a grads_fn, so that an ascent that asks for it costs no evaluation.
 
     `offset, state, _ = ascent.update(params, given(grads), state)`
 
-    Its `aux` is `()`, as that of a bare gradient: the aux that belongs to `grads` is in the hand of the caller, too. It
-    answers the same wherever it is asked, so it is for transforms that only map gradients.
+    Its `aux` is `()`, as that of a bare gradient: the caller has the aux that belongs to `grads`. The answer is
+    the same at all params, so `given` is for transforms that only map gradients.
 
     Args:
         grads: A pytree with the structure of the params.

@@ -41,8 +41,11 @@ _scalars: dict[type, tuple[str, ...]] = {}
 
 def saveable(cls: C) -> C:
     """Registers a class of states for `torch.load(weights_only=True)`; its `Tensor` fields must have shape ()."""
-    cls.__module__ = public_module(cls.__module__)
-    torch.serialization.add_safe_globals([cls])
+    module, cls.__module__ = cls.__module__, public_module(cls.__module__)
+    # Files of version 0.1.0 name modules of its layout, in which every module lay in `funcsam` or `funcsam.measures`.
+    place = "funcsam" if cls.__module__ == "funcsam" else module.rpartition(".")[0]
+    file = module.rpartition(".")[2].removesuffix("_aware")
+    torch.serialization.add_safe_globals([cls, (cls, f"{place}.{file}.{cls.__name__}")])
     _scalars[cls] = tuple(name for name, hint in cls.__annotations__.items() if hint is Tensor)
     return cls
 

@@ -102,7 +102,7 @@ def _exchange_leaves(
 
 
 def _start(leaves: Sequence[Tensor], rule: Rule, group: "ProcessGroup") -> Tensor:
-    """Sends a bucket off. Under the compiler, torch's own wrapper would wait for it on the spot."""
+    """Sends a bucket off. Under the compiler, torch's own wrapper would wait for it at once."""
     bucket = torch.cat([leaf.reshape(-1) for leaf in leaves])
     if rule == "mean":
         bucket = bucket / group.size()
@@ -203,12 +203,12 @@ def _check_equal(params: Params, group: "ProcessGroup") -> None:
         return
     own = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
     wide = [leaf.to(levels.widest(leaf.device)) for leaf in own]
-    mine = torch.stack([part for leaf in wide for part in (leaf.sum(), leaf.square().sum())])
-    theirs = [torch.empty_like(mine) for _ in range(group.size())]
+    sums = torch.stack([part for leaf in wide for part in (leaf.sum(), leaf.square().sum())])
+    of_ranks = [torch.empty_like(sums) for _ in range(group.size())]
     with _naming_the_cause():
-        dist.all_gather(theirs, mine, group=group)
-    for rank, other in enumerate(theirs):
-        if not torch.equal(other.nan_to_num(), theirs[0].nan_to_num()):
+        dist.all_gather(of_ranks, sums, group=group)
+    for rank, other in enumerate(of_ranks):
+        if not torch.equal(other.nan_to_num(), of_ranks[0].nan_to_num()):
             raise ValueError(
                 f"all_reduce_mean: `params` must be the same on every rank, got others on rank {rank} of the group. "
                 "Start with `params = broadcast(params)`."

@@ -79,8 +79,8 @@ def vectorize(
     def start(params: Params) -> State:
         members(params)
         state = torch.vmap(lambda numbers, params: make(numbers).init_unchecked(params), **options)(numbers, params)
-        # What does not depend on the params comes out as one entry seen many times; a compiled step would be traced
-        # again once it is written out.
+        # What does not depend on the params comes out expanded: one entry, stride 0. The next step would be compiled
+        # again, for a tensor that is not expanded.
         return optree.tree_map(lambda leaf: leaf.contiguous(), state)
 
     def update(params: P, grads_fn: PairedGradsFn, state: State, *batch: object) -> tuple[P, State, Aux]:
@@ -106,19 +106,19 @@ def vectorize(
             with levels.batching():
                 answer: tuple[P, State, Aux] = torch.vmap(one, in_dims=axes, **options)(*given)
             return answer
-        seen: list[tuple[optree.PyTreeSpec, list[Tensor | None]]] = []
+        structures: list[tuple[optree.PyTreeSpec, list[Tensor | None]]] = []
 
         def without_shared(*given: Tree) -> tuple[P, State, list[Tensor]]:
             updates, new, aux = one(*given)
             leaves, spec = tree.flatten_any(aux)
-            kept = [shared.get(_memory_of(leaf)) for leaf in leaves]
-            seen.append((spec, kept))
-            return updates, new, [leaf for leaf, same in zip(leaves, kept, strict=True) if same is None]
+            same_as_given = [shared.get(_memory_of(leaf)) for leaf in leaves]
+            structures.append((spec, same_as_given))
+            return updates, new, [leaf for leaf, same in zip(leaves, same_as_given, strict=True) if same is None]
 
         with levels.batching():
             updates, new, moving = torch.vmap(without_shared, in_dims=axes, **options)(*given)
-        spec, kept = seen[0]
-        return updates, new, optree.tree_unflatten(spec, _put_back(kept, moving))
+        spec, same_as_given = structures[0]
+        return updates, new, optree.tree_unflatten(spec, _put_back(same_as_given, moving))
 
     return Transform(start, update, object)
 
@@ -174,9 +174,9 @@ def _memory_of(x: Tree) -> Hashable:
     return *place, x.shape, x.stride(), x.dtype, x.is_conj(), x.is_neg()
 
 
-def _put_back(kept: list[Tensor | None], moving: Sequence[Tree]) -> list[Tree]:
+def _put_back(same_as_given: list[Tensor | None], moving: Sequence[Tree]) -> list[Tree]:
     rest = iter(moving)
-    return [next(rest) if same is None else same for same in kept]
+    return [next(rest) if same is None else same for same in same_as_given]
 
 
 def _stack_aux(auxes: list[Aux], shared: dict[Hashable, Tensor]) -> Aux:
@@ -187,6 +187,6 @@ def _stack_aux(auxes: list[Aux], shared: dict[Hashable, Tensor]) -> Aux:
         checks.same("vectorize", f"aux of member {k}", aux, auxes[0], "aux of member 0")
     rows = [tree.flatten(aux)[0] for aux in auxes]
     found = [{_memory_of(leaf) for leaf in column} for column in zip(*rows, strict=True)]
-    kept = [shared.get(next(iter(each))) if len(each) == 1 else None for each in found]
-    moving = stack([[leaf for leaf, same in zip(row, kept, strict=True) if same is None] for row in rows])
-    return tree.unflatten(tree.flatten(auxes[0])[1], _put_back(kept, moving), auxes[0])
+    same_as_given = [shared.get(next(iter(each))) if len(each) == 1 else None for each in found]
+    moving = stack([[leaf for leaf, same in zip(row, same_as_given, strict=True) if same is None] for row in rows])
+    return tree.unflatten(tree.flatten(auxes[0])[1], _put_back(same_as_given, moving), auxes[0])

@@ -110,8 +110,8 @@ class SharpnessAware(TreeOptimizer):
         given: list[Tree] = list(params)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
         self.base_optimizer = base_optimizer([own | group for group in groups], **kwargs)
-        alike = [{"params": list(group["params"])} for group in self.base_optimizer.param_groups]
-        super().__init__(alike, own | self.base_optimizer.defaults, model)
+        groups_alone = [{"params": list(group["params"])} for group in self.base_optimizer.param_groups]
+        super().__init__(groups_alone, own | self.base_optimizer.defaults, model)
         self._connect()
         self.first_pass = first_pass
         self._state: SharpnessAwareState | None = None
@@ -159,13 +159,15 @@ class SharpnessAware(TreeOptimizer):
         offset, climbed, _ = climb.update(values, given(grads), state.ascent)
         before = [clones(group) for group in values]
         finite = tree.all_finite(grads) if check else None
-        kept = None
+        first_grads = None
         if self._combine is not None:
-            kept = [
-                [None if p.grad is None else g.clone() for p, g in zip(group["params"], mine, strict=True)]
-                for group, mine in zip(self.param_groups, grads, strict=True)
+            first_grads = [
+                [None if p.grad is None else g.clone() for p, g in zip(group["params"], of_group, strict=True)]
+                for group, of_group in zip(self.param_groups, grads, strict=True)
             ]
-        self._saved_step = _SavedStep(before, kept, state._replace(ascent=climbed), clones(self._buffers()), finite)
+        self._saved_step = _SavedStep(
+            before, first_grads, state._replace(ascent=climbed), clones(self._buffers()), finite
+        )
         add(values, offset)
         if zero_grad:
             self.zero_grad()
@@ -193,15 +195,15 @@ class SharpnessAware(TreeOptimizer):
         if zero_grad:
             self.zero_grad()
 
-    def _put_combined(self, combine: Combine, kept: list[list[Tensor | None]], step: Tensor) -> None:
+    def _put_combined(self, combine: Combine, first_grads: list[list[Tensor | None]], step: Tensor) -> None:
         """Sets the gradients of the step; one that only one pass has counts as zero in the other."""
         first = [
-            [torch.zeros_like(p) if g is None else g for p, g in zip(group["params"], mine, strict=True)]
-            for group, mine in zip(self.param_groups, kept, strict=True)
+            [torch.zeros_like(p) if g is None else g for p, g in zip(group["params"], of_group, strict=True)]
+            for group, of_group in zip(self.param_groups, first_grads, strict=True)
         ]
         combined = combine(first, self._grads(), step)
-        for group, mine, grads in zip(self.param_groups, kept, combined, strict=True):
-            for p, g, new in zip(group["params"], mine, grads, strict=True):
+        for group, of_group, grads in zip(self.param_groups, first_grads, combined, strict=True):
+            for p, g, new in zip(group["params"], of_group, grads, strict=True):
                 if p.grad is not None or g is not None:
                     p.grad = new
 

@@ -6,6 +6,8 @@ import inspect
 import io
 import multiprocessing
 import pickle
+import sys
+import types
 
 import optree
 import pytest
@@ -418,3 +420,30 @@ def test_files_name_public_places():
     saved = [x for x in found if (isinstance(x[2], type) and issubclass(x[2], tuple)) or hasattr(x[2], "__wrapped__")]
     assert len(saved) > 30
     assert [name for m, name, x in saved if (x.__module__, x.__name__) != (m.__name__, name)] == []
+
+
+OLD_PLACES = {
+    "funcsam.decay": fs.DecayState,
+    "funcsam.finite": fs.ApplyIfFiniteState,
+    "funcsam.loss_scale": fs.LossScaleState,
+    "funcsam.measures.spectra": fs.measures.Eigenpairs,
+    "funcsam.measures.support": fs.measures.Estimate,
+    "funcsam.moments": fs.AdamState,
+    "funcsam.randomness": fs.RandomnessState,
+    "funcsam.scaling": fs.ScaleState,
+    "funcsam.sharpness": fs.SharpnessAwareState,
+}
+
+
+@pytest.mark.parametrize(("module", "cls"), OLD_PLACES.items(), ids=OLD_PLACES)
+def test_files_of_the_first_version_are_read(module, cls, monkeypatch, tmp_path):
+    """A state that was saved when its class lay in another module is read as a state of that class."""
+    old = types.ModuleType(module)
+    setattr(old, cls.__name__, cls)
+    with monkeypatch.context() as then:
+        then.setitem(sys.modules, module, old)
+        then.setattr(cls, "__module__", module)
+        torch.save(cls(*map(torch.tensor, range(len(cls._fields)))), tmp_path / "state.pt")
+    found = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert type(found) is cls
+    equal(tuple(found), tuple(map(torch.tensor, range(len(cls._fields)))))
