@@ -1,4 +1,4 @@
-"""Run by torchrun on gloo processes: SAM on gradients that are accumulated over micro-batches, where params are sharded.
+"""Run by torchrun on gloo processes: SAM on gradients accumulated over micro-batches, where params are sharded.
 
 torchrun --nproc-per-node=2 tests/distributed/accumulate.py OUT
 """
