@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 NEEDS = ("typer", "rich", "sklearn", "matplotlib", "numpy")
 BAD_INPUT = 2
-TURN = 10.0
-"""Seconds that a process of torchrun's waits before it complains, unless it is the first, which says the same: with the
-end of one process torchrun ends them all."""
+DELAY = 10.0
+"""Seconds that every rank but the first waits before it prints: torchrun ends all processes when one of them ends, and
+the first prints the same line."""
 
 
 def _complain(text: str) -> int:
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(TURN)
+        time.sleep(DELAY)
     print(" ".join(text.split()), file=sys.stderr)
     return BAD_INPUT
 

@@ -167,14 +167,14 @@ def grid(
     for k, direction in enumerate(directions):
         checks.same("grid", f"directions[{k}]", direction, params)
     params = tree.detached(params, "grid")
-    across, up = (_coordinates("grid", name, each, params) for name, each in (("xs", xs), ("ys", ys)))
+    columns, rows = (_coordinates("grid", name, each, params) for name, each in (("xs", xs), ("ys", ys)))
 
     def point(x: Tensor, y: Tensor) -> P:
         return tree.add(tree.add(params, tree.scale(x, directions[0])), tree.scale(y, directions[1]))
 
-    points = (across.repeat(len(up)), up.repeat_interleave(len(across)))
+    points = (columns.repeat(len(rows)), rows.repeat_interleave(len(columns)))
     losses = _at_least_float32(_evaluate("grid", loss_fn, point, points, batch, chunk_size, progress))
-    return losses.view(len(up), len(across))
+    return losses.view(len(rows), len(columns))
 
 
 def line(
@@ -261,19 +261,19 @@ def _checked_numbers(where: str, name: str, given: Coordinates, dtype: torch.dty
 def _evaluate(
     where: str,
     loss_fn: Loss,
-    place: Callable[..., Params],
+    params_at: Callable[..., Params],
     points: tuple[Tensor, ...],
     batch: tuple[object, ...],
     chunk_size: int,
     progress: Progress | None,
 ) -> Tensor:
-    """Returns the losses at `place(*point)` for every point, some points at a time."""
+    """Returns the losses at `params_at(*point)` for every point, some points at a time."""
     checks.function(where, loss_fn=loss_fn)
     checks.count(where, chunk_size=chunk_size)
 
-    def at(*point: Tensor) -> Tensor:
+    def loss_at(*point: Tensor) -> Tensor:
         with levels.fresh():
-            answer = loss_fn(place(*point), *batch)
+            answer = loss_fn(params_at(*point), *batch)
         loss = answer[0] if isinstance(answer, tuple) and answer else answer
         if not isinstance(loss, Tensor) or loss.ndim:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -283,7 +283,7 @@ def _evaluate(
     found, since = [], graphs.sequence_number()
     for part in zip(*(torch.split(each, chunk_size) for each in points), strict=True):
         with frames.in_step(), levels.batching():
-            losses = torch.vmap(at)(*part) if chunk_size > 1 else at(*(each[0] for each in part))[None]
+            losses = torch.vmap(loss_at)(*part) if chunk_size > 1 else loss_at(*(each[0] for each in part))[None]
             found.append(graphs.detach_values(losses, (), since))
         if progress is not None:
             progress(len(part[0]))

@@ -383,8 +383,10 @@ MUTATIONS += [
         "first.store[first.key] for",
         NN,
     ),
-    Mutation("checkpointing around the loss is silently wrong", "nn/loss.py", "None if again else _INSIDE", "None", NN),
-    Mutation("checkpointing is differentiated twice", "nn/loss.py", "_DIFFERENTIATED if differentiated else ", "", NN),
+    Mutation(
+        "checkpointing around the loss is silently wrong", "nn/loss.py", "None if again else _TOO_LATE", "None", NN
+    ),
+    Mutation("checkpointing is differentiated twice", "nn/loss.py", "_TWICE if differentiated else ", "", NN),
     Mutation("hooks around the loss are refused", "nn/loss.py", "_disable(message, False)", "_disable(message)", NN),
     Mutation(
         "a shared base is stacked",
@@ -410,8 +412,8 @@ MUTATIONS += [
     Mutation(
         "checkpointing writes to the buffers twice",
         "nn/loss.py",
-        "            if again and after:\n                put(",
-        "            if False:\n                put(",
+        "            if again and after:\n",
+        "            if False:\n",
         NN,
     ),
     Mutation(
@@ -883,7 +885,9 @@ MUTATIONS += [
         "else leaf.dtype\n        return",
         PLANE,
     ),
-    Mutation("a grid is transposed", "landscape.py", ".view(len(up), len(across))", ".view(len(across), -1).T", PLANE),
+    Mutation(
+        "a grid is transposed", "landscape.py", ".view(len(rows), len(columns))", ".view(len(columns), -1).T", PLANE
+    ),
     Mutation(
         "a line is as exact as its difference",
         "landscape.py",
@@ -1125,7 +1129,7 @@ MUTATIONS += [
         node("ranks", "what_processes_cannot_share"),
     ),
     Mutation(
-        "ranks: all complain", "cli.py", "time.sleep(TURN)", "time.sleep(0)", node("ranks", "bad_input_is_said_once")
+        "ranks: all complain", "cli.py", "time.sleep(DELAY)", "time.sleep(0)", node("ranks", "bad_input_is_said_once")
     ),
 ]
 

@@ -224,7 +224,7 @@ def test_the_first_process_complains_first(capfd, monkeypatch):
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         assert alone("--colour") == 2
-    assert waits == [cli.TURN]
+    assert waits == [cli.DELAY]
 
 
 def test_every_seed_is_trained_once():

@@ -24,7 +24,7 @@ Group: TypeAlias = "ProcessGroup | DeviceMesh | None"
 """A process group, a one-dimensional `DeviceMesh`, or `None` for all processes."""
 Rule = Literal["mean", "first", "local"]
 BUCKET = 2**25
-"""Bytes of a bucket: DDP's 25 MB, rounded."""
+"""Bytes of a bucket: 32 MiB. Those of `DistributedDataParallel` have 25 MiB."""
 
 
 def _group(where: str, group: Group) -> "ProcessGroup":
@@ -39,7 +39,7 @@ def _group(where: str, group: Group) -> "ProcessGroup":
 
 
 class _Message(NamedTuple):
-    """A tree that travels.
+    """A tree to exchange.
 
     Attributes:
         tree: What this rank has.
@@ -51,7 +51,7 @@ class _Message(NamedTuple):
 
 
 def _buckets(kinds: Sequence[Hashable], leaves: Sequence[Tensor], limit: int) -> list[list[int]]:
-    """Lists the positions of leaves that travel together: of one kind, and up to a size."""
+    """Lists the positions of leaves that are sent together: of one kind, and up to a size."""
     open_: dict[Hashable, list[int]] = {}
     sizes: dict[Hashable, int] = {}
     buckets = []
@@ -68,15 +68,15 @@ def _buckets(kinds: Sequence[Hashable], leaves: Sequence[Tensor], limit: int) ->
 def _exchange(parts: Sequence[_Message], group: "ProcessGroup", limit: int) -> list[Tree]:
     """Averages trees, or takes those of the first rank, in the same buckets."""
     flat = [tree.flatten_any(part.tree) for part in parts]
-    moving = [
+    exchanged = [
         (n, k, part.rule)
         for n, part in enumerate(parts)
         for k, leaf in enumerate(flat[n][0])
         if isinstance(leaf, Tensor) and _is_exchanged(leaf, part.rule)
     ]
-    leaves = [flat[n][0][k] for n, k, _ in moving]
+    leaves = [flat[n][0][k] for n, k, _ in exchanged]
     for (n, k, _), new in zip(
-        moving, _exchange_leaves(leaves, [rule for *_, rule in moving], group, limit), strict=True
+        exchanged, _exchange_leaves(leaves, [rule for *_, rule in exchanged], group, limit), strict=True
     ):
         flat[n][0][k] = new
     return [tree.unflatten(spec, own, part.tree) for part, (own, spec) in zip(parts, flat, strict=True)]
@@ -89,12 +89,12 @@ def _is_exchanged(leaf: Tensor, rule: Rule) -> bool:
 def _exchange_leaves(
     leaves: Sequence[Tensor], rules: Sequence[Rule], group: "ProcessGroup", limit: int
 ) -> list[Tensor]:
-    """Exchanges leaves by their rules; every bucket is under way before the first is waited for."""
+    """Exchanges leaves by their rules; every bucket is sent before the first is waited for."""
     kinds = [(leaf.dtype, leaf.device, rule) for leaf, rule in zip(leaves, rules, strict=True)]
     buckets = _buckets(kinds, leaves, limit)
-    moving = [_start([leaves[k] for k in bucket], rules[bucket[0]], group) for bucket in buckets]
+    started = [_start([leaves[k] for k in bucket], rules[bucket[0]], group) for bucket in buckets]
     total: list[Tensor] = list(leaves)
-    for bucket, sent in zip(buckets, moving, strict=True):
+    for bucket, sent in zip(buckets, started, strict=True):
         parts = torch.split(_wait(sent), [leaves[k].numel() for k in bucket])
         for k, part in zip(bucket, parts, strict=True):
             total[k] = part.view(leaves[k].shape).to(leaves[k].dtype)
@@ -102,7 +102,7 @@ def _exchange_leaves(
 
 
 def _start(leaves: Sequence[Tensor], rule: Rule, group: "ProcessGroup") -> Tensor:
-    """Sends a bucket off. Under the compiler, torch's own wrapper would wait for it at once."""
+    """Starts to send a bucket. Under the compiler, torch's own wrapper would wait for it at once."""
     bucket = torch.cat([leaf.reshape(-1) for leaf in leaves])
     if rule == "mean":
         bucket = bucket / group.size()
@@ -140,7 +140,7 @@ def all_reduce_mean(group: Group = None, aux: Rule = "mean", bucket_bytes: int =
     Every rank must hold the same params, and keeps them bit for bit: what comes out is the same everywhere. The loss
     must be a mean over the examples of a rank. Where ranks have differently many, as in an uneven last batch, multiply
     the loss of a rank by `n * ranks / total`, with `n` its number of examples and `total` that of all ranks; its value
-    in `aux` is then right, too. Gradients travel in buckets, one under way while the next is filled. States of
+    in `aux` is then right, too. Gradients are sent in buckets, one on its way while the next is filled. States of
     transforms to the left in the chain are averaged with them.
 
     What is not finite on one rank is not finite on any after the average, so that `apply_if_finite` and

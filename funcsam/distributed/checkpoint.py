@@ -16,7 +16,7 @@ Folder = str | os.PathLike[str]
 def save(folder: Folder, x: Tree) -> None:
     """Writes a tree with `torch.distributed.checkpoint`; every rank writes its shards. All ranks must call it.
 
-    Leaves that are not DTensors must be alike on every rank; one of them writes. A checkpoint is never replaced, as a
+    Leaves that are not DTensors must be equal on every rank; one of them writes. A checkpoint is never replaced, as a
     run that is killed while it writes would lose both: give every checkpoint a folder of its own.
 
     Args:
@@ -36,7 +36,7 @@ def save(folder: Folder, x: Tree) -> None:
     checks.tensors("save", "x", x)
     if _metadata(folder).exists():
         raise ValueError(f"save: `folder` must not hold a checkpoint, got {folder}. Give every one its own folder.")
-    _called("save", _named(x), folder)
+    _call_dcp("save", _named(x), folder)
 
 
 def load(folder: Folder, like: P) -> P:
@@ -54,7 +54,7 @@ def load(folder: Folder, like: P) -> P:
         raise ValueError(f"load: `folder` must hold a whole checkpoint, got {folder}.")
     wanted = {name: torch.empty_like(leaf) for name, leaf in _named(like).items()}
     _check({name: tuple(leaf.shape) for name, leaf in wanted.items()}, _shapes(folder))
-    _called("load", wanted, folder)
+    _call_dcp("load", wanted, folder)
     return tree.unflatten(tree.flatten(like)[1], wanted.values(), like)
 
 
@@ -67,7 +67,7 @@ def _metadata(folder: Folder) -> Path:
     return Path(folder) / ".metadata"  # torch writes it last
 
 
-def _called(name: str, leaves: dict[str, Tensor], folder: Folder) -> None:
+def _call_dcp(name: str, leaves: dict[str, Tensor], folder: Folder) -> None:
     import torch.distributed.checkpoint as dcp
 
     with warnings.catch_warnings():  # one process alone is fine

@@ -18,7 +18,7 @@ def shard(params: P, mesh: "DeviceMesh") -> P:
     What a `Transform` makes of them stays spread in the same way: states, perturbations, updates. Norms are global.
 
     Args:
-        params: A tree of tensors, alike on every rank. Leaves of shape () stay whole on every rank.
+        params: A tree of tensors, equal on every rank. Leaves of shape () stay whole on every rank.
         mesh: A `DeviceMesh` of one dimension; of several, leaves are spread over the last and copied along the others.
 
     Returns:
@@ -43,7 +43,7 @@ def gather(params: P) -> P:
         grads_fn = grad_and_value(lambda params, *batch: loss_fn(gather(params), *batch))
 
     Every evaluation is then averaged over the ranks, as with `chain(all_reduce_mean(), ...)`: one ascent for all. An
-    ascent per rank is not to be had with sharded params, as no rank could hold its perturbation. `aux` is the rank's
+    ascent per rank is not possible with sharded params: no rank could hold its perturbation. `aux` is the rank's
     own; average it with `mean`.
 
     Args:
@@ -56,10 +56,10 @@ def gather(params: P) -> P:
         Rajbhandari et al., 2020 (ZeRO), section 5.3.
     """
     leaves, spec = tree.flatten(params)
-    return tree.unflatten(spec, [_whole(leaf) if shards.sharded(leaf) else leaf for leaf in leaves], params)
+    return tree.unflatten(spec, [_gathered(leaf) if shards.sharded(leaf) else leaf for leaf in leaves], params)
 
 
-def _whole(leaf: "DTensor") -> Tensor:
+def _gathered(leaf: "DTensor") -> Tensor:
     from torch.distributed.tensor import Partial, Replicate
 
     dims = leaf.device_mesh.ndim

@@ -1,10 +1,10 @@
 """Many models at once: stacked trees, one entry per member along the first axis, and one vectorised step.
 
     params, buffers = fs.ensemble.init(build, seeds=range(16))
-    tx = fs.ensemble.step(fs.chain(fs.sam(0.05), fs.sgd(0.1)), in_dims=(0, None, None))
+    tx = fs.ensemble.vectorize(fs.chain(fs.sam(0.05), fs.sgd(0.1)), in_dims=(0, None, None))
     state = tx.init(params)
     params, state, (loss, buffers) = tx.step(params, grads_fn, state, buffers, x, y)
-    logits = fs.ensemble.outputs(model, params, buffers, x)
+    logits = fs.ensemble.predict(model, params, buffers, x)
 
 `grads_fn` and `model` are those of one member. `torch.save` and `torch.load` keep an ensemble, whose trees hold nothing
 but tensors; `fs.nn.load(build(), *fs.ensemble.member((params, buffers), 3))` is one of its members as a plain module.

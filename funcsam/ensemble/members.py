@@ -11,6 +11,11 @@ from funcsam.core import checks, tree
 from funcsam.core.types import P, Tree
 
 
+def _not_empty(where: str, kind: str, given: Sequence[object]) -> None:
+    if not len(given):
+        raise ValueError(f"{where}: `{kind}s` must have at least one {kind}, got none.")
+
+
 def _seeded(build: Callable[[], nn.Module], seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
@@ -34,8 +39,7 @@ def init(build: Callable[[], nn.Module], seeds: Sequence[int]) -> tuple[dict[str
         ValueError: If there are no seeds, or two modules differ in their names or shapes.
     """
     checks.function("init", build=build)
-    if not len(seeds):
-        raise ValueError("init: `seeds` must have at least one seed, got none.")
+    _not_empty("init", "seed", seeds)
     first = _seeded(build, seeds[0])
     leaves, spec = tree.flatten(first)
     stacked = [leaf.new_empty((len(seeds), *leaf.shape)) for leaf in leaves]
@@ -56,8 +60,7 @@ def stack(members: Sequence[P]) -> P:
     >>> stack([{"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)}])
     {'w': tensor([1., 2.])}
     """
-    if not len(members):
-        raise ValueError("stack: `members` must have at least one member, got none.")
+    _not_empty("stack", "member", members)
     for k, each in enumerate(members):
         checks.same("stack", f"members[{k}]", each, members[0], "members[0]")
     spec = tree.flatten(members[0])[1]
@@ -125,7 +128,6 @@ def bootstrap(examples: int, seeds: Sequence[int]) -> Tensor:
         Breiman, 1996 (bagging predictors).
     """
     checks.count("bootstrap", examples=examples)
-    if not len(seeds):
-        raise ValueError("bootstrap: `seeds` must have at least one seed, got none.")
+    _not_empty("bootstrap", "seed", seeds)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randint(examples, (examples,), generator=each, device="cpu") for each in generators])

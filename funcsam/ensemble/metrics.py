@@ -28,7 +28,7 @@ def average(logits: Tensor) -> Tensor:
     References:
         Lakshminarayanan et al., 2017, section 2.4.
     """
-    return _average(_wide("average", logits, 3))
+    return _average(_checked_logits("average", logits, 3))
 
 
 def _average(logits: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
     >>> nll(torch.tensor([[[0.0, 0.0]]]), torch.tensor([0]))
     tensor(0.6931)
     """
-    logits = _wide("nll", logits, 3)
+    logits = _checked_logits("nll", logits, 3)
     _labels("nll", labels, logits)
     return -_average(logits).gather(1, labels.long()[:, None]).mean()
 
@@ -74,7 +74,7 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
     References:
         Guo et al., 2017, equations 2, 3 and 5.
     """
-    logits = _wide("calibration_error", logits, 2)
+    logits = _checked_logits("calibration_error", logits, 2)
     _labels("calibration_error", labels, logits)
     checks.count("calibration_error", bins=bins)
     confidence, choice = F.softmax(logits, -1).max(-1)
@@ -102,7 +102,7 @@ def disagreement(logits: Tensor) -> Tensor:
     References:
         Fort et al., 2019, section 4 (disagreement of predictions).
     """
-    logits = _wide("disagreement", logits, 3)
+    logits = _checked_logits("disagreement", logits, 3)
     members, _, classes = logits.shape
     if members < 2:
         raise ValueError(f"disagreement: `logits` must be those of at least 2 members, got {members}.")
@@ -111,7 +111,7 @@ def disagreement(logits: Tensor) -> Tensor:
     return differ.to(logits.dtype).mean() / (members * (members - 1))
 
 
-def _wide(where: str, logits: Tensor, ndim: int) -> Tensor:
+def _checked_logits(where: str, logits: Tensor, ndim: int) -> Tensor:
     """Checks logits, and returns them in float32, or in float64 if they are."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__

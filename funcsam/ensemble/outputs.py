@@ -15,8 +15,8 @@ from funcsam.core.types import InDims, Params, Tree
 from funcsam.ensemble.members import size, stack
 from funcsam.ensemble.step import one_by_one
 
-Put: TypeAlias = Callable[[Iterator[Tensor]], Tree]
-"""Puts tensors, in order, into the places of those of an output."""
+Rebuild: TypeAlias = Callable[[Iterator[Tensor]], Tree]
+"""Makes an output of the same structure from other tensors, given in order."""
 
 
 def predict(
@@ -49,11 +49,11 @@ def predict(
     if chunk_size is not None:
         checks.count("predict", chunk_size=chunk_size)
     dims = (0, 0, *(in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(inputs)))
-    seen: list[Put] = []
+    rebuilds: list[Rebuild] = []
 
     def one(params: Params, buffers: Params, *inputs: object) -> list[Tensor]:
-        tensors, put = _outputs(modules.predict(model, params, buffers, *inputs))
-        seen.append(put)
+        tensors, rebuild = _outputs(modules.predict(model, params, buffers, *inputs))
+        rebuilds.append(rebuild)
         return tensors
 
     given = (params, buffers, *inputs)
@@ -62,11 +62,11 @@ def predict(
     else:
         with levels.batching():
             tensors = torch.vmap(one, in_dims=dims, chunk_size=chunk_size)(*given)
-    return seen[0](iter(tensors))
+    return rebuilds[0](iter(tensors))
 
 
-def _outputs(output: Tree) -> tuple[list[Tensor], Put]:
-    """Lists the tensors in what a module returns, with a function that puts others in their place.
+def _outputs(output: Tree) -> tuple[list[Tensor], Rebuild]:
+    """Lists the tensors in what a module returns, with a function that makes the same output from others.
 
     Neither `vmap` nor optree knows the outputs of all modules, such as those with `None` in the place of a tensor.
     """
@@ -77,11 +77,11 @@ def _outputs(output: Tree) -> tuple[list[Tensor], Put]:
         return _single(output)
     parts = [_outputs(leaf) for leaf in leaves]
     return [x for tensors, _ in parts for x in tensors], lambda rest: pytree.tree_unflatten(
-        [put(rest) for _, put in parts], spec
+        [rebuild(rest) for _, rebuild in parts], spec
     )
 
 
-def _single(output: Tree) -> tuple[list[Tensor], Put]:
+def _single(output: Tree) -> tuple[list[Tensor], Rebuild]:
     if output is None:
         return [], lambda rest: None
     if not dataclasses.is_dataclass(output):
@@ -89,12 +89,12 @@ def _single(output: Tree) -> tuple[list[Tensor], Put]:
             "predict: `model` must return tensors, alone or in tuples, lists, dicts and dataclasses, "
             f"got {type(output).__name__}."
         )
-    tensors, put = _outputs({field.name: getattr(output, field.name) for field in dataclasses.fields(output)})
+    tensors, rebuild = _outputs({field.name: getattr(output, field.name) for field in dataclasses.fields(output)})
 
-    def filled(rest: Iterator[Tensor]) -> Tree:
+    def rebuild_dataclass(rest: Iterator[Tensor]) -> Tree:
         new = copy.copy(output)
-        for name, value in put(rest).items():
+        for name, value in rebuild(rest).items():
             object.__setattr__(new, name, value)  # which a frozen dataclass takes, too
         return new
 
-    return tensors, filled
+    return tensors, rebuild_dataclass

@@ -116,9 +116,9 @@ def vectorize(
             return updates, new, [leaf for leaf, same in zip(leaves, same_as_given, strict=True) if same is None]
 
         with levels.batching():
-            updates, new, moving = torch.vmap(without_shared, in_dims=axes, **options)(*given)
+            updates, new, not_shared = torch.vmap(without_shared, in_dims=axes, **options)(*given)
         spec, same_as_given = structures[0]
-        return updates, new, optree.tree_unflatten(spec, _put_back(same_as_given, moving))
+        return updates, new, optree.tree_unflatten(spec, _put_back(same_as_given, not_shared))
 
     return Transform(start, update, object)
 
@@ -174,8 +174,8 @@ def _memory_of(x: Tree) -> Hashable:
     return *place, x.shape, x.stride(), x.dtype, x.is_conj(), x.is_neg()
 
 
-def _put_back(same_as_given: list[Tensor | None], moving: Sequence[Tree]) -> list[Tree]:
-    rest = iter(moving)
+def _put_back(same_as_given: list[Tensor | None], not_shared: Sequence[Tree]) -> list[Tree]:
+    rest = iter(not_shared)
     return [next(rest) if same is None else same for same in same_as_given]
 
 
@@ -188,5 +188,5 @@ def _stack_aux(auxes: list[Aux], shared: dict[Hashable, Tensor]) -> Aux:
     rows = [tree.flatten(aux)[0] for aux in auxes]
     found = [{_memory_of(leaf) for leaf in column} for column in zip(*rows, strict=True)]
     same_as_given = [shared.get(next(iter(each))) if len(each) == 1 else None for each in found]
-    moving = stack([[leaf for leaf, same in zip(row, same_as_given, strict=True) if same is None] for row in rows])
-    return tree.unflatten(tree.flatten(auxes[0])[1], _put_back(same_as_given, moving), auxes[0])
+    not_shared = stack([[leaf for leaf, same in zip(row, same_as_given, strict=True) if same is None] for row in rows])
+    return tree.unflatten(tree.flatten(auxes[0])[1], _put_back(same_as_given, not_shared), auxes[0])

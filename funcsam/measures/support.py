@@ -1,4 +1,4 @@
-"""What measures share: losses that are looked at, neighbourhoods, random probes, and means with their errors."""
+"""What measures share: checked losses, neighbourhoods, random probes, and means with their errors."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
 
 
 class Neighbourhood(NamedTuple):
-    """How far is far for each param: `T = 1`, or `T = |w| + eta` where it is adaptive."""
+    """The unit of the radius for each param: `T = 1`, or `T = |w| + eta` where it is adaptive."""
 
     adaptive: bool
     eta: Hyper
@@ -60,7 +60,7 @@ def neighbourhood(where: str, rho: Hyper, adaptive: bool, eta: Hyper, mask: Mask
 
 
 def checked(where: str, loss_fn: Loss, given: P) -> tuple[Loss, P]:
-    """Looks at params and answers, and brings both to 32 bits at least; the user's loss sees the dtypes given."""
+    """Checks params and losses, and widens both to 32 bits at least; the user's loss gets the dtypes of `given`."""
     checks.function(where, loss_fn=loss_fn)
     checks.params(where, given)
     wide = tree.widened(given)
@@ -83,8 +83,7 @@ def generator(where: str, seed: int, device: torch.device | str = "cpu") -> torc
     Raises:
         TypeError: If the seed is not a whole number.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{where}: `seed` must be a whole number, got {type(seed).__name__}.")
+    checks.integer(where, seed=seed)
     return torch.Generator(device).manual_seed(seed)
 
 

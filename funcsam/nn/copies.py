@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from funcsam.core import levels, tree
 from funcsam.nn.layout import Layout, Named
 
-_C: Any = torch._C  # what has no types
+_C: Any = torch._C  # functions for which torch has no types
 
 
 def copy_all(layout: Layout, params: Named, buffers: Named, batch: tuple[object, ...]) -> Named:
@@ -29,17 +29,16 @@ def lazy_copy(x: Tensor) -> Tensor:
     """Returns a copy that takes no memory until it is written to, where that is safe."""
     if torch.compiler.is_compiling():
         return x.clone()
-    own, batched = (x, False) if levels.eager() else innermost(x)
-    if batched:  # the rule of `vmap` for lazy copies is a loop
+    if not levels.eager() and _batched(x):  # the rule of `vmap` for lazy copies is a loop
         return _with_lazy_mark(x.clone())
-    lazy = _lazy(x, own)
+    lazy = _lazy(x, levels.unwrapped(x))
     return x.clone() if lazy is None else lazy
 
 
 def _with_lazy_mark(x: Tensor) -> Tensor:
     """Returns a tensor whose first write will show, as it does for what `lazy_copy` returns."""
     if not torch.compiler.is_compiling():
-        own = innermost(x)[0]
+        own = levels.unwrapped(x)
         _lazy(own, own)
     return x
 
@@ -61,13 +60,13 @@ def _lazy(x: Tensor, own: Tensor) -> Tensor | None:
     return None
 
 
-def innermost(x: Tensor) -> tuple[Tensor, bool]:
-    """Returns the tensor inside all `torch.func` levels, and whether one of them is `vmap`."""
-    batched = False
+def _batched(x: Tensor) -> bool:
+    """Tells whether `vmap` batches a tensor, at any `torch.func` level."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        batched |= torch._C._functorch.is_batchedtensor(x)
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
         x = torch._C._functorch.get_unwrapped(x)
-    return x, batched
+    return False
 
 
 def is_lazy(x: Tensor) -> bool:
@@ -77,7 +76,7 @@ def is_lazy(x: Tensor) -> bool:
 
 def mark(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]] | None:
     """Returns what may change without a write: where the memory is and how it is laid out."""
-    own, _ = innermost(x)
+    own = levels.unwrapped(x)
     return (_C._data_address(own), own.shape, own.stride()) if is_lazy(own) else None
 
 

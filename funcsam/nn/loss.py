@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcsam.core import checks, levels, tree
 from funcsam.core.types import Aux, Tree
-from funcsam.nn.copies import copy_all, innermost, is_lazy, lazy_copy, mark
+from funcsam.nn.copies import copy_all, is_lazy, lazy_copy, mark
 from funcsam.nn.layout import Contents, Layout, Named, Place, check, initialised
 
 _NOTHING = contextlib.nullcontext()
@@ -66,7 +66,7 @@ def _hooks_would_differ(params: Named, buffers: Named, batch: tuple[object, ...]
     if not torch.is_grad_enabled() or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return False
     given = (*params.values(), *buffers.values(), *tree.flatten(batch)[0])
-    return any(isinstance(leaf, Tensor) and innermost(leaf)[0].requires_grad for leaf in given)
+    return any(isinstance(leaf, Tensor) and levels.unwrapped(leaf).requires_grad for leaf in given)
 
 
 class ModuleLoss:
@@ -110,7 +110,7 @@ class ModuleLoss:
         before: list[tuple[Place, Tree]] = []
         layout = self._current_layout()
 
-        def put(values: Mapping[str, Tensor]) -> None:
+        def set_tensors(values: Mapping[str, Tensor]) -> None:
             for name, value in values.items():
                 for place in layout.places[name]:
                     before.append((place, place.store[place.key]))
@@ -121,27 +121,29 @@ class ModuleLoss:
             check(layout, params, buffers)
             copies = copy_all(layout, params, buffers, batch)
             marks = {} if eager else {name: mark(copy) for name, copy in copies.items()}
-            put(params)
-            put(copies)
+            set_tensors(params)
+            set_tensors(copies)
             if len(params) + len(copies) < len(layout.places):
                 rest = layout.places.keys() - params.keys() - copies.keys()
-                put({name: first.store[first.key].detach() for name in rest for first in layout.places[name][:1]})
-            late = _DIFFERENTIATED if differentiated else None if again else _INSIDE
-            refuse = late and _hooks_would_differ(params, buffers, batch)
+                firsts = [(name, first) for name in rest for first in layout.places[name][:1]]
+                set_tensors({name: first.store[first.key].detach() for name, first in firsts})
+            message = _TWICE if differentiated else None if again else _TOO_LATE
+            refuse = message and _hooks_would_differ(params, buffers, batch)
             with (
                 _NoBatchNorm() if not eager and levels.differentiates_vmap(params.values()) else _NOTHING,
-                _no_hooks(late) if late and refuse else _NOTHING,
+                _no_hooks(message) if message and refuse else _NOTHING,
             ):
                 answer = self.loss(self.model, *batch)
             after = {}
             for name, copy in copies.items():
                 first = layout.places[name][0]
                 value = first.store[first.key]
-                own = copy if eager else innermost(copy)[0]
+                own = copy if eager else levels.unwrapped(copy)
                 same = value is copy and is_lazy(own) and mark(copy) == (marks.get(name) or mark(buffers[name]))
                 after[name] = buffers[name] if same else value
             if again and after:
-                put({name: lazy_copy(buffers[name]) for name, value in after.items() if value is not buffers[name]})
+                written = (name for name, value in after.items() if value is not buffers[name])
+                set_tensors({name: lazy_copy(buffers[name]) for name in written})
             return self._answer(answer, after)
 
         try:
@@ -166,12 +168,12 @@ class ModuleLoss:
         return answer[0], (buffers, answer[1])
 
 
-_INSIDE = (
+_TOO_LATE = (
     "loss_fn: activation checkpointing must be differentiated by `grad_and_value(loss_fn, has_aux=True)`, "
     "got a backward pass that starts when the tensors have left the module. "
     "Give `loss_fn` itself to `grad_and_value`, not a function that calls it."
 )
-_DIFFERENTIATED = (
+_TWICE = (
     "loss_fn: activation checkpointing must not be differentiated twice, got a backward pass that is differentiated. "
     "Leave checkpointing out of `loss` and of the module."
 )
@@ -183,8 +185,9 @@ def loss_fn(model: nn.Module, loss: ModelLoss, has_aux: bool = False) -> ModuleL
     Nothing in the module changes: it is evaluated with the given tensors in the place of its own, and what it writes to
     its buffers (running statistics of any kind) goes to copies that are returned. What it does not write to is returned
     as it was given, the same tensor. On devices other than the CPU and under `torch.compile` all of `buffers` is copied
-    at every evaluation. What is in neither tree is taken from the module itself as a value, and not trained: a large
-    frozen part that should not be copied there can be left out of `buffers`.
+    at every evaluation, and under `vmap` all but frozen parameters that the members share. What is in neither tree is
+    taken from the module itself as a value, and not trained: a large frozen part that should not be copied there can be
+    left out of `buffers`.
 
     The module is evaluated as it is at the call, with parts that were replaced since, and in the mode it is in,
     `model.train()` or `model.eval()`. Weights that are parametrised are computed anew, also within

@@ -41,7 +41,7 @@ class Optimizer(TreeOptimizer):
         super().__init__(params, hyper, model)
         self._state: State = None
 
-    def _made(self) -> Transform:
+    def _current_transform(self) -> Transform:
         if isinstance(self._transform, Transform):
             return self._transform
         numbers = {name: [group[name] for group in self.param_groups] for name in self._names}
@@ -61,7 +61,7 @@ class Optimizer(TreeOptimizer):
         """
         if closure is None:
             raise TypeError("step: `closure` must be a function that computes the loss and calls `backward`, got None.")
-        transform, values = self._made(), self._values()
+        transform, values = self._current_transform(), self._values()
         params = [clones(group) for group in values]
         state = transform.init(params) if self._state is None else self._state
         first: list[list[Tensor]] = []

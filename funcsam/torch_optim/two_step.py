@@ -44,15 +44,15 @@ def _share_state(optimizer: "SharpnessAware | None") -> None:
 class _SecondStep:
     """The second half of a step, as a `GradScaler` sees an optimizer."""
 
-    def __init__(self, whole: "SharpnessAware") -> None:
-        self._whole = whole
+    def __init__(self, optimizer: "SharpnessAware") -> None:
+        self._optimizer = optimizer
 
     @property
     def param_groups(self) -> list[dict[str, Tree]]:
-        return self._whole.param_groups
+        return self._optimizer.param_groups
 
     def step(self) -> None:
-        self._whole.second_step()
+        self._optimizer.second_step()
 
 
 class SharpnessAware(TreeOptimizer):

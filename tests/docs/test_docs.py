@@ -79,6 +79,24 @@ def test_every_public_function_has_an_example():
     assert missing == []
 
 
+def test_docstrings_call_functions_that_exist():
+    """Every call `fs.some.name(...)` that stands in a source file is of something that can be called."""
+    calls = {
+        (str(file.relative_to(ROOT)), name)
+        for file in sorted((ROOT / "funcsam").rglob("*.py"))
+        for name in re.findall(r"\bfs\.([\w.]+)\(", file.read_text())
+    }
+    assert len(calls) > 20
+    wrong = []
+    for file, name in sorted(calls):
+        found = fs
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if not callable(found):
+            wrong.append((file, name))
+    assert wrong == []
+
+
 def test_every_public_name_is_in_the_reference():
     """The page of the API lists every name, and no other."""
     listed = set(re.findall(r"^\.\. auto(?:class|function):: (\w+)", (DOCS / "api.md").read_text(), re.MULTILINE))
