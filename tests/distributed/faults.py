@@ -45,7 +45,8 @@ def main():
         except RuntimeError as error:
             print(f"{step} {time.monotonic() - begin:.1f} {error}", flush=True)
             os._exit(3)
-    print("done")
+    print("done", flush=True)
+    dist.destroy_process_group()  # without it, a process sometimes aborts when it ends
 
 
 if __name__ == "__main__":
