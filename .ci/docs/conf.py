@@ -27,6 +27,8 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
 
+nitpicky = True
+nitpick_ignore = [("py:class", "torch.Tensor"), ("py:class", "funcsam.core.types.P")]
 default_role = "code"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
@@ -34,6 +36,7 @@ napoleon_google_docstring = True
 napoleon_use_rtype = False
 add_module_names = False
 
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_title = f"funcsam {release}"
 html_static_path = ["_static"]
