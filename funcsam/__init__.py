@@ -17,7 +17,7 @@ from funcsam.core.schedules import constant, cosine, step_decay, warmup_cosine
 from funcsam.core.transform import Transform, apply_updates, chain, identity, lift
 from funcsam.family.gsam import gsam
 from funcsam.family.looksam import LookSAMState, looksam
-from funcsam.family.msam import MSAMState, msam
+from funcsam.family.msam import msam
 from funcsam.family.sam import asam, sam, sam_update
 from funcsam.family.sharpness_aware import SharpnessAwareState, sharpness_aware
 from funcsam.optimizers.adam import adam, adamw
@@ -46,7 +46,6 @@ __all__ = [
     "DecayState",
     "LookSAMState",
     "LossScaleState",
-    "MSAMState",
     "RandomnessState",
     "ScaleState",
     "SharpnessAwareState",

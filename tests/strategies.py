@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 import funcsam as fs
-from funcsam.core.transform import saveable
+from funcsam.core.states import saveable
 
 structural = settings(max_examples=settings().max_examples // 4)
 """A quarter of the examples: for laws about shapes, types and counts, and for laws that every entry must pass."""

@@ -93,6 +93,12 @@ def count(where: str, **named: int) -> None:
             raise ValueError(f"{where}: `{name}` must be at least 1, got {value}.")
 
 
+def chunk_size(where: str, given: int | None) -> None:
+    """Raises unless `chunk_size` is a positive whole number, or `None`, which takes all at once."""
+    if given is not None:
+        count(where, chunk_size=given)
+
+
 def choice(where: str, options: Sequence[str], **named: object) -> None:
     """Raises unless every value is one of the options, of which there are at least two."""
     for name, value in named.items():

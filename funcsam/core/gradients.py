@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
-from funcsam.core import checks, frames, graphs, levels, tree
+from funcsam.core import checks, frames, graphs, kernels, levels, tree
 from funcsam.core.types import Aux, CheckedGradsFn, Loss, P, Params, ScopedLoss
 
 Backend = Literal["auto", "func", "autograd"]
@@ -183,7 +183,7 @@ def _grads(target: Tensor, inputs: list[Tensor], create_graph: bool = False) -> 
 
 def _dense(grads: Sequence[Tensor | None], leaves: list[Tensor]) -> list[Tensor]:
     pairs = zip(grads, leaves, strict=True)
-    return [torch.zeros_like(x) if g is None else g if g.layout is torch.strided else g.to_dense() for g, x in pairs]
+    return [torch.zeros_like(x) if g is None else kernels.dense(g) for g, x in pairs]
 
 
 def _tracked(target: Tensor, aux: Aux) -> list[Tensor]:

@@ -44,6 +44,11 @@ def each(
     return cast(out, lists[0])
 
 
+def dense(x: Tensor) -> Tensor:
+    """Returns a sparse tensor as a dense one."""
+    return x if x.layout is torch.strided else x.to_dense()
+
+
 def cast(leaves: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """Brings leaves to the dtypes of others."""
     return [x if x.dtype is y.dtype else x.to(y.dtype) for x, y in zip(leaves, like, strict=True)]

@@ -8,14 +8,14 @@ asks for. What later evaluations return beside gradients is dropped.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeAlias, TypeGuard, TypeVar
+from typing import NamedTuple, TypeAlias, TypeGuard
 
-import optree
 import torch
 from torch import Tensor
 
-from funcsam.core import checks, frames, graphs, tree
-from funcsam.core.records import Recorded, entries, factory, public_module
+from funcsam.core import checks, frames, graphs, kernels, states, tree
+from funcsam.core.records import Recorded, entries, factory
+from funcsam.core.states import StateClass
 from funcsam.core.types import (
     Aux,
     CheckedGradsFn,
@@ -31,23 +31,7 @@ from funcsam.core.types import (
     Update,
 )
 
-StateClass: TypeAlias = type | tuple[()] | None
 Inside: TypeAlias = Callable[[State], Iterable[tuple["Transform", State]]]
-
-C = TypeVar("C", bound=type)
-_scalars: dict[type, tuple[str, ...]] = {}
-"""The names of the fields that are tensors of shape (), for each class of states."""
-
-
-def saveable(cls: C) -> C:
-    """Registers a class of states for `torch.load(weights_only=True)`; its `Tensor` fields must have shape ()."""
-    module, cls.__module__ = cls.__module__, public_module(cls.__module__)
-    # Files of version 0.1.0 name modules of its layout, in which every module lay in `funcsam` or `funcsam.measures`.
-    place = "funcsam" if cls.__module__ == "funcsam" else module.rpartition(".")[0]
-    file = module.rpartition(".")[2].removesuffix("_aware")
-    torch.serialization.add_safe_globals([cls, (cls, f"{place}.{file}.{cls.__name__}")])
-    _scalars[cls] = tuple(name for name, hint in cls.__annotations__.items() if hint is Tensor)
-    return cls
 
 
 class _Checked(CheckedGradsFn):
@@ -89,8 +73,7 @@ def _dense(leaves: list[Tensor], grads: list[Tensor], whole: P, params: P) -> P:
         checks.same("update", "grads", whole, params)
     if all(g.layout is torch.strided for g in grads):
         return whole
-    dense = [g if g.layout is torch.strided else g.to_dense() for g in grads]
-    return tree.unflatten(tree.flatten(whole)[1], dense, whole)
+    return tree.unflatten(tree.flatten(whole)[1], map(kernels.dense, grads), whole)
 
 
 class Transform(Recorded):
@@ -135,7 +118,6 @@ class Transform(Recorded):
         self._state = state
         self._inside = inside
         self._probes = probes
-        self._scalars = _scalars.get(state, ()) if isinstance(state, type) else ()
         self.parts: tuple[Transform, ...] = (self,)
 
     def init(self, params: Params) -> State:
@@ -172,32 +154,12 @@ class Transform(Recorded):
         Raises:
             ValueError: If it has not.
         """
-        if not self._fits(state):
-            raise ValueError(f"{self._name}: `state` must be {self._wanted(state)}. Make it with `init`.")
+        problem = states.problem(state, self._state)
+        if problem is not None:
+            raise ValueError(f"{self._name}: `state` must be {problem}. Make it with `init`.")
         if self._inside is not None:
             for transform, inner_state in self._inside(state):
                 transform.check_state(inner_state)
-
-    def _fits(self, state: State) -> bool:
-        if self._state is object:
-            return True
-        if self._state is None:
-            return misfit(state, _tensor) is None
-        if not isinstance(self._state, type):
-            return type(state) is tuple and not state
-        return isinstance(state, self._state) and all(_scalar(getattr(state, name)) for name in self._scalars)
-
-    def _wanted(self, state: State) -> str:
-        if self._state is None:
-            return f"a tree of tensors, got {misfit(state, _tensor)}"
-        if not isinstance(self._state, type):
-            return f"(), got {kind_of(state)}"
-        name = self._state.__name__
-        wanted = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
-        if not isinstance(state, self._state):
-            return f"{wanted}, got {kind_of(state)}"
-        field = next(field for field in self._scalars if not _scalar(getattr(state, field)))
-        return f"{wanted} whose `{field}` is a tensor of shape (), got {kind_of(getattr(state, field))}"
 
     def prober(self) -> "Transform | None":
         """Returns a transform that probes: this one, or one among its arguments; `None` if none is known to."""
@@ -210,7 +172,7 @@ class Transform(Recorded):
         """Updates and applies the updates; returns `(params, state, aux)`."""
         params = tree.detached(params)
         updates, state, aux = self._checked_update(params, grads_fn, state, batch)
-        return tree.add(params, updates, "apply_updates", "updates"), state, aux
+        return tree.add(params, updates, tree.UPDATES), state, aux
 
     def _checked_update(
         self, params: P, grads_fn: GradsFn[P], state: State, batch: tuple[object, ...]
@@ -219,32 +181,6 @@ class Transform(Recorded):
         checked = grads_fn if isinstance(grads_fn, CheckedGradsFn) else _Checked(grads_fn)
         with frames.in_step():
             return self.update_unchecked(params, checked, state, *batch)
-
-
-def _scalar(x: Tree) -> bool:
-    return isinstance(x, Tensor) and not x.ndim
-
-
-def _tensor(x: Tree) -> bool:
-    return isinstance(x, Tensor)
-
-
-def kind_of(x: Tree) -> str:
-    """Returns words for an error: what was given in the place of a state."""
-    if isinstance(x, Tensor):
-        return f"a tensor of shape {tuple(x.shape)}"
-    if type(x) in (tuple, list, dict):
-        return f"{type(x).__name__} of {len(x)} {'entry' if len(x) == 1 else 'entries'}"
-    return type(x).__name__
-
-
-def misfit(state: State, fits: Callable[[Tree], bool]) -> str | None:
-    """Returns words for an error: the first leaf that does not fit, and its path. `None` is a leaf."""
-    for position, leaf in enumerate(optree.tree_leaves(state, tree.empty, none_is_leaf=True)):
-        if not (tree.empty(leaf) or fits(leaf)):
-            path = optree.tree_accessors(state, tree.empty, none_is_leaf=True)[position].codify("")
-            return f"{kind_of(leaf)} at {path}" if path else kind_of(leaf)
-    return None
 
 
 def check_transform(where: str, **named: object) -> None:
@@ -263,7 +199,7 @@ def apply_updates(params: P, updates: P) -> P:
     >>> apply_updates({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([-1.0, 1.0])})
     {'w': tensor([0., 3.])}
     """
-    return tree.add(tree.detached(params, "apply_updates"), updates, "apply_updates", "updates")
+    return tree.add(tree.detached(params, "apply_updates"), updates, tree.UPDATES)
 
 
 @factory
@@ -342,7 +278,7 @@ def chain(*transforms: Transform) -> Transform:
 
     def inside(state: State) -> Iterable[tuple[Transform, State]]:
         if type(state) is not tuple or len(state) != len(parts):
-            got = f"{len(state)} states" if type(state) is tuple else kind_of(state)
+            got = f"{len(state)} states" if type(state) is tuple else states.kind_of(state)
             raise ValueError(
                 f"{composition._name}: `state` must be a tuple of {len(parts)} states, one per transform, got {got}. "
                 "Make it with `init`."

@@ -6,6 +6,7 @@ and `torch.compile`. A factor is a number or a tensor of shape (). Leaves may be
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import optree
 import torch
@@ -38,6 +39,10 @@ __all__ = [
 
 
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
+Words: TypeAlias = tuple[str, str, str]
+"""What an error says if trees do not fit: where, what, and what it must be like."""
+STATE: Words = ("step", "state", "params")
+UPDATES: Words = ("apply_updates", "updates", "params")
 
 
 def flatten(x: Tree) -> tuple[list[Tensor], optree.PyTreeSpec]:
@@ -79,33 +84,27 @@ def detached(params: P, where: str = "step") -> P:
     return unflatten(spec, [leaf.detach() if on else leaf for leaf, on in zip(leaves, found, strict=True)], params)
 
 
-def _leaves_like(
-    tree: Tree,
-    xs: Sequence[Tensor],
-    spec: optree.PyTreeSpec,
-    where: str = "step",
-    what: str = "state",
-    like_what: str = "params",
-) -> list[Tensor]:
-    """Returns the leaves of a tree, and raises unless it has the structure and the shapes of another.
-
-    Gradients are checked where they come in, so inside a step it is the state that may not fit.
-    """
+def _leaves_like(tree: Tree, xs: Sequence[Tensor], spec: optree.PyTreeSpec, words: Words) -> list[Tensor]:
+    """Returns the leaves of a tree, and raises unless it has the structure and the shapes of another."""
     leaves, found = flatten(tree)
     if found != spec or any(not isinstance(y, Tensor) or y.shape != x.shape for x, y in zip(xs, leaves, strict=True)):
-        checks.same(where, what, tree, optree.tree_unflatten(spec, xs), like_what)
+        where, what, like = words
+        checks.same(where, what, tree, optree.tree_unflatten(spec, xs), like)
     return leaves
 
 
-def _each(fused: Callable[..., Sequence[Tensor]] | None, single: Callable[..., Tensor], x: P, *rest: Tree) -> P:
+def _each(
+    where: str, fused: Callable[..., Sequence[Tensor]] | None, single: Callable[..., Tensor], x: P, *rest: Tree
+) -> P:
     """Applies one fused kernel, or the operation on each leaf, and casts back to the dtypes of `x`."""
     xs, spec = flatten(x)
-    return unflatten(spec, kernels.each(fused, single, xs, *(_leaves_like(tree, xs, spec) for tree in rest)), x)
+    others = [_leaves_like(tree, xs, spec, (where, "y", "x")) for tree in rest]
+    return unflatten(spec, kernels.each(fused, single, xs, *others), x)
 
 
 def map(fn: Callable[..., Tensor], x: P, *rest: Tree) -> P:
     """Applies `fn` leaf by leaf and casts back to the dtypes of `x`."""
-    return _each(None, fn, x, *rest)
+    return _each("map", None, fn, x, *rest)
 
 
 def zeros_like(x: P) -> P:
@@ -136,32 +135,32 @@ def counter(params: Tree) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=device(params))
 
 
-def add(x: P, y: P, where: str = "step", what: str = "state") -> P:
-    """Returns `x + y`; an error speaks of `y` as `what`."""
+def add(x: P, y: P, words: Words = ("add", "y", "x")) -> P:
+    """Returns `x + y`; `words` are those of an error if they do not fit."""
     xs, spec = flatten(x)
-    ys = _leaves_like(y, xs, spec, where, what)
+    ys = _leaves_like(y, xs, spec, words)
     return unflatten(spec, kernels.each(torch._foreach_add, operator.add, xs, ys), x)
 
 
 def multiply(x: P, y: P) -> P:
     """Returns the elementwise product."""
-    return _each(torch._foreach_mul, operator.mul, x, y)
+    return _each("multiply", torch._foreach_mul, operator.mul, x, y)
 
 
 def divide(x: P, y: P) -> P:
     """Returns the elementwise quotient."""
-    return _each(torch._foreach_div, operator.truediv, x, y)
+    return _each("divide", torch._foreach_div, operator.truediv, x, y)
 
 
 def maximum(x: P, y: P) -> P:
     """Returns the elementwise maximum."""
-    return _each(torch._foreach_maximum, torch.maximum, x, y)
+    return _each("maximum", torch._foreach_maximum, torch.maximum, x, y)
 
 
 def sqrt(x: P) -> P:
     """Returns the elementwise root; its derivative at zero is defined as zero."""
     tracked = any(leaf.requires_grad for leaf in flatten(x)[0])
-    return _each(None if tracked else torch._foreach_sqrt, _sqrt, x)
+    return _each("sqrt", None if tracked else torch._foreach_sqrt, _sqrt, x)
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -173,14 +172,16 @@ def shift(x: P, number: Number) -> P:
     """Returns `x + number`."""
     if isinstance(number, Tensor):
         return map(lambda a: a + kernels.on(number, a), x)
-    return _each(lambda xs: torch._foreach_add(xs, number), lambda a: a + number, x)
+    return _each("shift", lambda xs: torch._foreach_add(xs, number), lambda a: a + number, x)
 
 
 def lerp(x: P, y: P, weight: Number) -> P:
     """Returns `x + weight (y - x)`."""
     if isinstance(weight, Tensor):
-        return map(lambda a, b: a + kernels.on(weight, a) * (b - a), x, y)
-    return _each(lambda xs, ys: torch._foreach_lerp(xs, ys, weight), lambda a, b: torch.lerp(a, b, weight), x, y)
+        return _each("lerp", None, lambda a, b: a + kernels.on(weight, a) * (b - a), x, y)
+    return _each(
+        "lerp", lambda xs, ys: torch._foreach_lerp(xs, ys, weight), lambda a, b: torch.lerp(a, b, weight), x, y
+    )
 
 
 def real_views(x: P) -> P:
@@ -216,10 +217,10 @@ def scale(factor: Tree, x: P) -> P:
     return unflatten(spec, [_scaled(a, s) for a, s in zip(xs, factors, strict=True)], x)
 
 
-def add_scaled(x: P, factor: Number, y: P, mask: Mask = None) -> P:
-    """Returns `x + factor * y`, and `x` itself where the mask is False."""
+def add_scaled(x: P, factor: Number, y: P, mask: Mask = None, words: Words = ("add_scaled", "y", "x")) -> P:
+    """Returns `x + factor * y`, and `x` itself where the mask is False; `words` are those of an error."""
     xs, spec = flatten(x)
-    ys = _leaves_like(y, xs, spec)
+    ys = _leaves_like(y, xs, spec, words)
     if mask is None and isinstance(factor, float | int) and kernels.fusable(xs):
         return unflatten(spec, kernels.cast(shards.fused(torch._foreach_add, xs, ys, alpha=factor), xs), x)
     chosen = [True] * len(xs) if mask is None else masks.masks(mask, y)
@@ -236,7 +237,7 @@ def _add_scaled(x: Tensor, factor: Number, y: Tensor) -> Tensor:
 def scale_by_magnitude(x: P, w: P, eta: Tree = 0.0, mask: Mask = None) -> P:
     """Returns `(|w| + eta) x` in the dtypes of `x`, and `x` itself where the mask is False."""
     xs, spec = flatten(x)
-    ws = _leaves_like(w, xs, spec)
+    ws = _leaves_like(w, xs, spec, ("scale_by_magnitude", "w", "x"))
     if mask is None and isinstance(eta, float | int) and kernels.fusable(xs):
         sizes = shards.fused(torch._foreach_abs, ws)
         if eta:
@@ -265,7 +266,7 @@ def _count_not_finite(leaves: list[Tensor]) -> Tensor:
 
 def where(condition: Tensor, x: P, y: P) -> P:
     """Chooses whole trees by a boolean of shape ()."""
-    return map(lambda a, b: torch.where(condition, a, b), x, y)
+    return _each("where", None, lambda a, b: torch.where(condition, a, b), x, y)
 
 
 def norm(x: Tree) -> Tensor:
@@ -319,9 +320,8 @@ def dot(x: Tree, y: Tree) -> Tensor:
     tensor(8.)
     """
     xs, spec = flatten(x)
-    products = [
-        _product(a, b) for a, b in zip(xs, _leaves_like(y, xs, spec, "dot", "y", "x"), strict=True) if a.numel()
-    ]
+    ys = _leaves_like(y, xs, spec, ("dot", "y", "x"))
+    products = [_product(a, b) for a, b in zip(xs, ys, strict=True) if a.numel()]
     if not products:
         return torch.zeros((), dtype=torch.float32, device=device(x))
     return shards.total(products, _sum) if shards.any_sharded(products) else _sum(products)
@@ -365,7 +365,7 @@ def reject(x: P, y: Tree) -> P:
     tensor([0., 4.])
     """
     xs, spec = flatten(x)
-    ys = _leaves_like(y, xs, spec, "reject", "y", "x")
+    ys = _leaves_like(y, xs, spec, ("reject", "y", "x"))
     if not xs:
         return x
     eps = max(torch.finfo(leaf.dtype).eps for leaf in (*xs, *ys))

@@ -46,8 +46,7 @@ def predict(
         ValueError: If the numbers of members differ.
     """
     size((params, buffers), "predict", "params")
-    if chunk_size is not None:
-        checks.count("predict", chunk_size=chunk_size)
+    checks.chunk_size("predict", chunk_size)
     dims = (0, 0, *(in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(inputs)))
     rebuilds: list[Rebuild] = []
 

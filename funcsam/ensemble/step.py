@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from funcsam.core import checks, levels, tree
 from funcsam.core.records import factory
 from funcsam.core.slices import taken_apart
-from funcsam.core.transform import Transform, misfit
+from funcsam.core.states import misfit
+from funcsam.core.transform import Transform
 from funcsam.core.types import Aux, InDims, P, PairedGradsFn, Params, State, Tree
 from funcsam.ensemble.members import size, stack
 
@@ -61,8 +62,7 @@ def vectorize(
             raise TypeError("vectorize: `tx` must be a function from `hyper` to a Transform, got a Transform.")
         checks.function("vectorize", tx=tx)
         size(dict(hyper), "vectorize", "hyper")
-    if chunk_size is not None:
-        checks.count("vectorize", chunk_size=chunk_size)
+    checks.chunk_size("vectorize", chunk_size)
     checks.choice("vectorize", ("same", "different", "error"), randomness=randomness)
     numbers = dict(hyper or {})
     options: dict[str, Tree] = {"chunk_size": chunk_size, "randomness": randomness}

@@ -7,7 +7,8 @@ from torch import Tensor
 from funcsam.core import checks, schedules, tree
 from funcsam.core.evaluations import either
 from funcsam.core.records import factory
-from funcsam.core.transform import Transform, saveable
+from funcsam.core.states import saveable
+from funcsam.core.transform import Transform
 from funcsam.core.types import Aux, Hyper, P, PairedGradsFn, Params, ScalarOrSchedule, State
 
 

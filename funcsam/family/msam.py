@@ -1,26 +1,11 @@
 """Momentum-SAM: the gradient at a point that the momentum perturbs, for the price of one."""
 
-from typing import NamedTuple
-
-from torch import Tensor
-
 from funcsam.core import checks, schedules, tree
+from funcsam.core.evaluations import given
 from funcsam.core.records import factory
-from funcsam.core.transform import Transform, saveable
-from funcsam.core.types import Aux, Hyper, P, PairedGradsFn, Params, ScalarOrSchedule, State
-
-
-@saveable
-class MSAMState(NamedTuple):
-    """State of `msam`.
-
-    Attributes:
-        step: Number of updates so far, int64 of shape ().
-        trace: Decayed sum of past gradients. Structure and shapes of the params.
-    """
-
-    step: Tensor
-    trace: Params
+from funcsam.core.transform import Transform
+from funcsam.core.types import Aux, Hyper, P, PairedGradsFn, ScalarOrSchedule, State
+from funcsam.transforms.moments import TraceState, trace
 
 
 @factory
@@ -58,15 +43,13 @@ def msam(rho: Hyper = 0.3, momentum: ScalarOrSchedule = 0.9) -> Transform:
     """
     checks.nonnegative("msam", rho=rho)
     checks.share("msam", momentum=momentum)
+    memory = trace(momentum)
 
-    def init(params: Params) -> MSAMState:
-        return MSAMState(tree.counter(params), tree.zeros_like(params))
-
-    def update(params: P, grads_fn: PairedGradsFn, state: MSAMState, *batch: object) -> tuple[P, State, Aux]:
+    def update(params: P, grads_fn: PairedGradsFn, state: TraceState, *batch: object) -> tuple[P, State, Aux]:
         checks.same("step", "state", state.trace, params)
-        point = tree.add_scaled(params, -1, tree.scale(schedules.at(rho, state.step), tree.unit(state.trace)))
-        grads, aux = grads_fn(point, *batch)
-        total = tree.add_scaled(grads, schedules.at(momentum, state.step), state.trace)
-        return total, MSAMState(state.step + 1, total), aux
+        length = schedules.at(rho, state.step)
+        grads, aux = grads_fn(tree.add_scaled(params, -1, tree.scale(length, tree.unit(state.trace))), *batch)
+        updates, state, _ = memory.update_unchecked(params, given(grads), state)
+        return updates, state, aux
 
-    return Transform(init, update, MSAMState, probes=True)
+    return Transform(memory.init_unchecked, update, TraceState, probes=True)

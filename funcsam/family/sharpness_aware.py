@@ -10,7 +10,8 @@ from torch import Tensor
 from funcsam.core import checks, tree
 from funcsam.core.evaluations import either
 from funcsam.core.records import factory
-from funcsam.core.transform import Transform, check_transform, saveable
+from funcsam.core.states import saveable
+from funcsam.core.transform import Transform, check_transform
 from funcsam.core.types import Aux, P, PairedGradsFn, Params, State
 
 Combine = Callable[[Params, Params, Tensor], Params]

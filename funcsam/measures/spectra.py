@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcsam.core import checks, levels, tree
 from funcsam.core.gradients import grad_and_value
-from funcsam.core.transform import saveable
+from funcsam.core.states import saveable
 from funcsam.core.types import P, Params
 from funcsam.measures.support import Estimate, Loss, checked, estimate, generator, rademacher
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcsam.core import checks, levels, tree
-from funcsam.core.transform import saveable
+from funcsam.core.states import saveable
 from funcsam.core.types import Hyper, Mask, P, Params
 
 Loss = Callable[..., Tensor]
@@ -107,7 +107,8 @@ def estimate(
     chunk_size: int | None,
 ) -> Estimate:
     """Averages a function of random trees like the params, `chunk_size` of them at once."""
-    checks.count(where, draws=draws, **({} if chunk_size is None else {"chunk_size": chunk_size}))
+    checks.count(where, draws=draws)
+    checks.chunk_size(where, chunk_size)
     if draws < 2:
         raise ValueError(f"{where}: `draws` must be at least 2, for a standard error, got {draws}.")
     generators = {leaf.device: generator(where, seed, leaf.device) for leaf in tree.flatten(params)[0]}

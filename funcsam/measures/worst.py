@@ -172,7 +172,8 @@ def m_sharpness(
     """
     where = "m_sharpness"
     near = neighbourhood(where, rho, adaptive, eta, mask)
-    checks.count(where, m=m, steps=steps, **({} if chunk_size is None else {"chunk_size": chunk_size}))
+    checks.count(where, m=m, steps=steps)
+    checks.chunk_size(where, chunk_size)
     loss, params = checked(where, loss_fn, params)
     examples = taken_apart(where, batch, in_dims).size
     if m > examples:

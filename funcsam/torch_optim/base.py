@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from funcsam.core import kernels
 from funcsam.core.types import Tree
 
 Groups = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Tree]]
@@ -31,7 +32,10 @@ class TreeOptimizer(torch.optim.Optimizer):
 
     def _grads(self) -> list[list[Tensor]]:
         """Returns dense gradients; zero where there is none."""
-        return [[_dense(p) for p in group["params"]] for group in self.param_groups]
+        return [
+            [torch.zeros_like(p) if p.grad is None else kernels.dense(p.grad.detach()) for p in group["params"]]
+            for group in self.param_groups
+        ]
 
     _pickled: ClassVar[tuple[str, ...]] = ()
 
@@ -42,12 +46,6 @@ class TreeOptimizer(torch.optim.Optimizer):
 
     def _has_grads(self) -> bool:
         return any(p.grad is not None for group in self.param_groups for p in group["params"])
-
-
-def _dense(p: Tensor) -> Tensor:
-    if p.grad is None:
-        return torch.zeros_like(p)
-    return p.grad.detach() if p.grad.layout is torch.strided else p.grad.detach().to_dense()
 
 
 def copy(into: Iterable[Iterable[Tensor]], values: Iterable[Iterable[Tensor]]) -> None:

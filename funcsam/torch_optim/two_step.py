@@ -107,8 +107,8 @@ class SharpnessAware(TreeOptimizer):
             got = base_optimizer.__name__ if isinstance(base_optimizer, type) else type(base_optimizer).__name__
             raise TypeError(f"{where}: `base_optimizer` must be a class of torch.optim, such as SGD, got {got}.")
         checks.choice(where, ("auto", "closure", "gradients"), first_pass=first_pass)
-        given: list[Tree] = list(params)
-        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        listed: list[Tree] = list(params)
+        groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
         self.base_optimizer = base_optimizer([own | group for group in groups], **kwargs)
         groups_alone = [{"params": list(group["params"])} for group in self.base_optimizer.param_groups]
         super().__init__(groups_alone, own | self.base_optimizer.defaults, model)

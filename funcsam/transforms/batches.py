@@ -75,7 +75,8 @@ def microbatch(inner: Transform, m: int, in_dims: InDims = 0, chunk_size: int | 
         Foret et al., 2021, section 4.1 (m-sharpness).
     """
     check_transform("microbatch", inner=inner)
-    checks.count("microbatch", m=m, **({} if chunk_size is None else {"chunk_size": chunk_size}))
+    checks.count("microbatch", m=m)
+    checks.chunk_size("microbatch", chunk_size)
 
     def update(params: P, grads_fn: PairedGradsFn, state: State, *batch: object) -> tuple[P, State, Aux]:
         whole = taken_apart("microbatch", batch, in_dims)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from funcsam.core import checks, schedules, tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Transform, lift, saveable
+from funcsam.core.states import saveable
+from funcsam.core.transform import Transform, lift
 from funcsam.core.types import Mask, Params, ScalarOrSchedule, State
 
 

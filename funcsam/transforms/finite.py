@@ -8,7 +8,8 @@ from torch import Tensor
 
 from funcsam.core import tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Transform, check_transform, saveable
+from funcsam.core.states import saveable
+from funcsam.core.transform import Transform, check_transform
 from funcsam.core.types import Aux, P, PairedGradsFn, Params, State
 
 

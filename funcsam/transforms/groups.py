@@ -8,7 +8,8 @@ import torch
 
 from funcsam.core import checks, masks, tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Transform, check_transform, identity, kind_of, lift
+from funcsam.core.states import kind_of
+from funcsam.core.transform import Transform, check_transform, identity, lift
 from funcsam.core.types import Aux, Mask, P, PairedGradsFn, Params, State, Tree
 
 L = TypeVar("L", bound=Hashable)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from funcsam.core import checks, tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Carried, Transform, check_transform, saveable
+from funcsam.core.states import saveable
+from funcsam.core.transform import Carried, Transform, check_transform
 from funcsam.core.types import Aux, CheckedGradsFn, P, PairedGradsFn, Params, State
 from funcsam.transforms.finite import skip_unless
 

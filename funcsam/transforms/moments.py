@@ -6,7 +6,8 @@ from torch import Tensor
 
 from funcsam.core import checks, schedules, tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Transform, lift, saveable
+from funcsam.core.states import saveable
+from funcsam.core.transform import Transform, lift
 from funcsam.core.types import Params, ScalarOrSchedule, State
 
 
@@ -55,7 +56,7 @@ def trace(decay: ScalarOrSchedule = 0.9, *, dampening: ScalarOrSchedule = 0.0, n
         if damped:
             keep = 1 - schedules.at(dampening, state.step)
             fresh = tree.where(state.step == 0, grads, tree.scale(keep, grads))
-        total = tree.add_scaled(fresh, factor, state.trace)
+        total = tree.add_scaled(fresh, factor, state.trace, words=tree.STATE)
         updates = tree.add_scaled(grads, factor, total) if nesterov else total
         return updates, TraceState(state.step + 1, total)
 

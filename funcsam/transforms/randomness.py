@@ -11,7 +11,8 @@ from torch import Tensor
 
 from funcsam.core import checks, levels, tree
 from funcsam.core.records import factory
-from funcsam.core.transform import Transform, kind_of, saveable
+from funcsam.core.states import kind_of, saveable
+from funcsam.core.transform import Transform
 from funcsam.core.types import Aux, P, PairedGradsFn, Params, State
 
 

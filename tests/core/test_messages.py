@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import funcsam as fs
-from funcsam.core import checks, tree
+from funcsam.core import checks
 
 W = torch.tensor([1.0, 2.0])
 PARAMS = {"w": W, "b": torch.tensor(0.5)}
@@ -344,10 +344,27 @@ def test_sam_update_with_the_other_state():
         fs.sam_update(PARAMS, GRADS_FN, fs.sam().init(PARAMS), adaptive=True)
 
 
-def test_trees_of_other_structure():
+ARITHMETIC = {
+    "add": fs.tree.add,
+    "add_scaled": lambda x, y: fs.tree.add_scaled(x, 2.0, y),
+    "divide": fs.tree.divide,
+    "dot": fs.tree.dot,
+    "lerp": lambda x, y: fs.tree.lerp(x, y, 0.5),
+    "map": lambda x, y: fs.tree.map(torch.add, x, y),
+    "maximum": fs.tree.maximum,
+    "multiply": fs.tree.multiply,
+    "reject": fs.tree.reject,
+    "where": lambda x, y: fs.tree.where(torch.tensor(True), x, y),
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_trees_of_other_structure(name):
     """Arithmetic on two trees does not broadcast one over the other."""
-    with refuses(ValueError, "step: `state` must have the structure of `params`, got no leaf at ['b']."):
-        tree.add(PARAMS, {"w": W})
+    with refuses(ValueError, f"{name}: `y` must have the structure of `x`, got no leaf at ['b']."):
+        ARITHMETIC[name](PARAMS, {"w": W})
+    with refuses(ValueError, f"{name}: `y` must have the shapes of `x`, got (1,) for (2,) at ['w']."):
+        ARITHMETIC[name](PARAMS, {"w": W[:1], "b": W[0]})
 
 
 def test_paths():

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from funcsam.torch_optim import SAM
 from tests.asserts import close, equal
+from tests.torch_optim.lightning_run import fit
 
 RHO = 0.1
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
@@ -117,29 +118,13 @@ class Classifier(lightning.LightningModule):
         self.losses.append(value.item())
 
 
-def fit(module, path, epochs=EPOCHS, ckpt_path=None, **kwargs):
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=epochs,
-        default_root_dir=path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **kwargs,
-    )
-    trainer.fit(module, loader(), ckpt_path=ckpt_path)
-    return trainer
-
-
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")  # the data are in memory
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's use of torch's pytree
 class TestLightning:
     def test_trains_as_by_hand(self, tmp_path):
         """Weights, buffers, schedule and losses; the trainer counts one step; the logged loss is that of the params."""
         module = Classifier()
-        trainer = fit(module, tmp_path)
+        trainer = fit(module, loader(), tmp_path, EPOCHS)
         plain, losses = epochs_by_hand()
         close(tensors(module.net), tensors(plain))
         close(torch.tensor(module.losses), torch.tensor(losses))
@@ -151,23 +136,23 @@ class TestLightning:
     def test_resumes_bit_for_bit(self, tmp_path):
         """A checkpoint in the middle goes on as if nothing had happened."""
         whole, first, second = Classifier(), Classifier(), Classifier()
-        fit(whole, tmp_path)
-        fit(first, tmp_path, epochs=2).save_checkpoint(tmp_path / "middle.ckpt")
-        fit(second, tmp_path, ckpt_path=tmp_path / "middle.ckpt")
+        fit(whole, loader(), tmp_path, EPOCHS)
+        fit(first, loader(), tmp_path, 2).save_checkpoint(tmp_path / "middle.ckpt")
+        fit(second, loader(), tmp_path, EPOCHS, ckpt_path=tmp_path / "middle.ckpt")
         equal(tensors(second.net), tensors(whole.net))
         assert first.losses + second.losses == whole.losses
 
     def test_clips_every_evaluation(self, tmp_path):
         """The trainer clips inside the closure: both passes, as `chain(clip_by_global_norm(c), sam(rho), sgd(lr))`."""
         module = Classifier()
-        fit(module, tmp_path, gradient_clip_val=0.3)
+        fit(module, loader(), tmp_path, EPOCHS, gradient_clip_val=0.3)
         close(tensors(module.net), tensors(epochs_by_hand(clip_each=0.3)[0]))
         assert not torch.allclose(module.net[0].weight, epochs_by_hand()[0][0].weight)
 
     def test_refuses_to_accumulate(self, tmp_path):
         """The trainer would accumulate the first pass only."""
         with pytest.raises(RuntimeError, match="gradients must be clear"):
-            fit(Classifier(first_pass="closure"), tmp_path, accumulate_grad_batches=2)
+            fit(Classifier(first_pass="closure"), loader(), tmp_path, EPOCHS, accumulate_grad_batches=2)
 
     def test_fabric_trains_as_by_hand(self):
         """Fabric passes the closure on."""

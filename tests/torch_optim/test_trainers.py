@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from funcsam.torch_optim import SAM
 from tests.asserts import close
+from tests.torch_optim.lightning_run import fit
 
 NUMBERS = {"rho": 0.1, "lr": 0.05, "momentum": 0.9}
 
@@ -79,17 +80,7 @@ class Manual(lightning.LightningModule):
 def test_manual_optimisation_of_lightning(halves, tmp_path):
     """Both forms accumulate and train; only steps with a closure are counted."""
     module = Manual(halves)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=2,
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, loader())
+    trainer = fit(module, loader(), tmp_path, 2)
     plain = network()
     optimizer = SAM(plain.parameters(), torch.optim.SGD, **NUMBERS)
     plain_loop(plain, optimizer, [*loader(), *loader()], cross_entropy)
